@@ -1,0 +1,4 @@
+//! cowfs: exact, stall-free snapshots of any directory.
+pub mod error;
+pub mod ids;
+pub mod sync;

@@ -1,0 +1,2 @@
+//! The `cowfs` command.
+fn main() {}
