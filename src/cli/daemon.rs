@@ -3,7 +3,7 @@
 //! The child's stdout is a pipe to the parent. It says `ready`, or an exit code and a message, and nothing else;
 //! then it ends. So the parent knows exactly when the mount is usable, and why it is not.
 
-use super::output;
+use super::Failure;
 use crate::config::MountConfig;
 use crate::error::{Error, Result};
 use rustix::process::Signal;
@@ -23,9 +23,27 @@ pub(super) struct Launch<'a> {
     pub(super) log: Option<&'a Path>,
 }
 
-/// Starts the daemon and waits until it is ready. If it is not to be, prints why and ends this process with the
-/// daemon's exit code.
-pub(super) fn spawn(launch: &Launch<'_>) -> Result<()> {
+/// Starts the daemon and waits until it is ready, or has said why it cannot be.
+pub(super) fn spawn(launch: &Launch<'_>) -> std::result::Result<(), Failure> {
+    let (said, status) = start(launch)?;
+    match said.split_once('\n') {
+        _ if said == READY => Ok(()),
+        Some((code, message)) => Err(Failure {
+            code: code.parse().unwrap_or(1),
+            message: message.into(),
+        }),
+        None => Err(Failure::from(Error::MountPoint {
+            path: launch.config.mountpoint.clone(),
+            why: format!(
+                "the daemon ended without a word ({}); try `cowfs mount -f -v` to see more",
+                status.map_or("cause unknown".into(), describe)
+            ),
+        })),
+    }
+}
+
+/// Starts the daemon; returns what it said, and how it ended if it did.
+fn start(launch: &Launch<'_>) -> Result<(String, Option<ExitStatus>)> {
     let program = own_program();
     let mut command = Command::new(&program);
     command
@@ -56,24 +74,12 @@ pub(super) fn spawn(launch: &Launch<'_>) -> Result<()> {
             .map_err(|error| Error::io("cannot hear from", "the daemon", &error))?;
     }
     if said == READY {
-        return Ok(());
+        return Ok((said, None));
     }
     let status = child
         .wait()
         .map_err(|error| Error::io("cannot wait for", "the daemon", &error))?;
-    match said.split_once('\n') {
-        Some((code, message)) => {
-            output::complain(message);
-            std::process::exit(code.parse().unwrap_or(1))
-        }
-        None => Err(Error::MountPoint {
-            path: launch.config.mountpoint.clone(),
-            why: format!(
-                "the daemon ended without a word ({}); try `cowfs mount -f -v` to see more",
-                describe(status)
-            ),
-        }),
-    }
+    Ok((said, Some(status)))
 }
 
 fn own_program() -> PathBuf {

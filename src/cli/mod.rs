@@ -8,7 +8,7 @@ mod snapshot;
 mod status;
 mod umount;
 
-use crate::error::Result;
+use crate::error::Error;
 use clap::{Parser, Subcommand};
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -60,27 +60,42 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.collect();
     match dispatch(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            output::complain(&error.to_string());
-            ExitCode::from(error.exit_code())
+        Err(failure) => {
+            output::complain(&failure.message);
+            ExitCode::from(failure.code)
         }
     }
 }
 
-fn dispatch(arguments: &[OsString]) -> Result<()> {
+/// How a command ends that does not end well: its own error, or what the daemon reported.
+struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self {
+            code: error.exit_code(),
+            message: error.to_string(),
+        }
+    }
+}
+
+fn dispatch(arguments: &[OsString]) -> Result<(), Failure> {
     match called_as(arguments) {
         // mount(8) and umount(8) look for helpers of these names.
         Some("mount.cowfs" | "mount.fuse.cowfs") => {
             mount::run_as_helper(&mount::HelperArgs::parse_from(arguments))
         }
-        Some("umount.cowfs" | "umount.fuse.cowfs") => {
-            umount::run(&umount::HelperArgs::parse_from(arguments).into())
-        }
+        Some("umount.cowfs" | "umount.fuse.cowfs") => Ok(umount::run(
+            &umount::HelperArgs::parse_from(arguments).into(),
+        )?),
         _ => match Cli::parse_from(arguments).command {
             Command::Mount(args) => mount::run(&args),
-            Command::Umount(args) => umount::run(&args),
-            Command::Snapshot(args) => snapshot::run(&args),
-            Command::Status(args) => status::run(&args),
+            Command::Umount(args) => Ok(umount::run(&args)?),
+            Command::Snapshot(args) => Ok(snapshot::run(&args)?),
+            Command::Status(args) => Ok(status::run(&args)?),
             Command::Demo(args) => demo::run(&args),
         },
     }

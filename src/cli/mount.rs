@@ -1,6 +1,6 @@
 //! `cowfs mount`: check what can be checked with a clear word, then serve, in the foreground or as a daemon.
 
-use super::daemon;
+use super::{Failure, daemon};
 use crate::config::{MountConfig, STORE_DIR, parse_options};
 use crate::control;
 use crate::error::{Error, Result};
@@ -39,6 +39,21 @@ pub(super) struct Args {
     source: PathBuf,
     /// Where to mount it [default: SOURCE itself].
     mountpoint: Option<PathBuf>,
+}
+
+impl Args {
+    /// A mount in the background, without options.
+    pub(super) fn plain(source: PathBuf, mountpoint: PathBuf) -> Self {
+        Self {
+            foreground: false,
+            options: Vec::new(),
+            verbose: 0,
+            log: None,
+            daemon: false,
+            source,
+            mountpoint: Some(mountpoint),
+        }
+    }
 }
 
 const EXAMPLE: &str = "\
@@ -98,28 +113,25 @@ const HELPER_EXAMPLE: &str = "\
 EXAMPLE
   mount -t fuse.cowfs /srv/data /srv/data      calls this helper";
 
-pub(super) fn run_as_helper(args: &HelperArgs) -> Result<()> {
+pub(super) fn run_as_helper(args: &HelperArgs) -> std::result::Result<(), Failure> {
     let fake = args.fake;
     let args = Args {
-        foreground: false,
         options: args.options.clone(),
         verbose: args.verbose,
-        log: None,
-        daemon: false,
-        source: args.source.clone(),
-        mountpoint: Some(args.mountpoint.clone()),
+        ..Args::plain(args.source.clone(), args.mountpoint.clone())
     };
     if fake {
-        return prepare(&args).map(drop);
+        prepare(&args)?;
+        return Ok(());
     }
     run(&args)
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &Args) -> std::result::Result<(), Failure> {
     let config = prepare(args);
     match (args.daemon, args.foreground) {
-        (true, _) => daemon::report(|ready| serve(config?, args, ready)),
-        (false, true) => serve(config?, args, || Ok(())),
+        (true, _) => Ok(daemon::report(|ready| serve(config?, args, ready))?),
+        (false, true) => Ok(serve(config?, args, || Ok(()))?),
         (false, false) => {
             let config = config?;
             daemon::spawn(&daemon::Launch {
