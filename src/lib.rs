@@ -1,4 +1,8 @@
 //! cowfs: exact, stall-free snapshots of any directory.
+pub mod cli;
+pub mod config;
+pub mod control;
 pub mod error;
+pub mod fuse;
 pub mod ids;
 pub mod sync;
