@@ -2,7 +2,10 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod engine;
 pub mod error;
 pub mod fuse;
 pub mod ids;
+pub mod store;
 pub mod sync;
+pub mod sys;

@@ -26,7 +26,11 @@ fn last_errno() -> Errno {
 /// # Errors
 /// Those of the call; `EOPNOTSUPP` where the filesystem has no handles.
 pub fn name_to_handle(dir: BorrowedFd<'_>, name: &CStr) -> Result<(i32, Vec<u8>), Errno> {
-    let mut handle = FileHandle { bytes: MAX_HANDLE as u32, kind: 0, data: [0; MAX_HANDLE] };
+    let mut handle = FileHandle {
+        bytes: MAX_HANDLE as u32,
+        kind: 0,
+        data: [0; MAX_HANDLE],
+    };
     let mut mount_id: libc::c_int = 0;
     // SAFETY: `name` ends in NUL; `handle` has the layout of struct file_handle with room for the
     // `bytes` that it declares; `mount_id` is a valid place for an int.
@@ -60,7 +64,11 @@ pub fn open_by_handle(
     if bytes.len() > MAX_HANDLE {
         return Err(Errno::INVAL);
     }
-    let mut handle = FileHandle { bytes: bytes.len() as u32, kind, data: [0; MAX_HANDLE] };
+    let mut handle = FileHandle {
+        bytes: bytes.len() as u32,
+        kind,
+        data: [0; MAX_HANDLE],
+    };
     handle.data[..bytes.len()].copy_from_slice(bytes);
     // SAFETY: `handle` has the layout of struct file_handle and holds `bytes` valid bytes; the kernel
     // only reads it.
@@ -85,7 +93,11 @@ pub fn open_by_handle(
 /// Those of the call.
 pub fn unshare_fs() -> Result<(), Errno> {
     // SAFETY: CLONE_FS touches only the calling thread's umask, root and working directory.
-    if unsafe { libc::unshare(libc::CLONE_FS) } < 0 { Err(last_errno()) } else { Ok(()) }
+    if unsafe { libc::unshare(libc::CLONE_FS) } < 0 {
+        Err(last_errno())
+    } else {
+        Ok(())
+    }
 }
 
 /// setfsuid(2) and setfsgid(2) of the calling thread; ids not permitted are silently kept, as there.

@@ -11,7 +11,7 @@ mod umount;
 use crate::error::Error;
 use clap::{Parser, Subcommand};
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Exact snapshots of any directory, without making writers wait.
@@ -53,6 +53,14 @@ enum Command {
     Snapshot(snapshot::Args),
     Status(status::Args),
     Demo(demo::Args),
+    /// Started by the daemon itself (see [`crate::fuse::flush`]).
+    ///
+    /// EXAMPLE: not for use by hand.
+    #[command(name = crate::fuse::flush::HELPER_COMMAND, hide = true)]
+    FlushHelper {
+        /// The mount.
+        mountpoint: PathBuf,
+    },
 }
 
 /// Runs the command that the arguments (with the program's name first) ask for.
@@ -97,6 +105,7 @@ fn dispatch(arguments: &[OsString]) -> Result<(), Failure> {
             Command::Snapshot(args) => Ok(snapshot::run(&args)?),
             Command::Status(args) => Ok(status::run(&args)?),
             Command::Demo(args) => demo::run(&args),
+            Command::FlushHelper { mountpoint } => Ok(crate::fuse::flush::run_helper(&mountpoint)?),
         },
     }
 }

@@ -52,9 +52,18 @@ pub struct SetAttr {
 impl SetAttr {
     fn times(&self) -> Option<Timestamps> {
         let spec = |time: Option<SetTime>| match time {
-            None => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-            Some(SetTime::Now) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
-            Some(SetTime::At(t)) => Timespec { tv_sec: t.sec, tv_nsec: i64::from(t.nsec) },
+            None => Timespec {
+                tv_sec: 0,
+                tv_nsec: UTIME_OMIT,
+            },
+            Some(SetTime::Now) => Timespec {
+                tv_sec: 0,
+                tv_nsec: UTIME_NOW,
+            },
+            Some(SetTime::At(t)) => Timespec {
+                tv_sec: t.sec,
+                tv_nsec: i64::from(t.nsec),
+            },
         };
         (self.atime.is_some() || self.mtime.is_some()).then(|| Timestamps {
             last_access: spec(self.atime),
@@ -87,7 +96,11 @@ impl Engine {
         if object.retained.load(Ordering::SeqCst) {
             image.nlink = image.nlink.saturating_sub(1);
         }
-        Attr { node: self.nodes.live_id(object.ino()), shown: object.ino().0, image }
+        Attr {
+            node: self.nodes.live_id(object.ino()),
+            shown: object.ino().0,
+            image,
+        }
     }
 
     /// The attributes of an object in a snapshot.
@@ -95,7 +108,14 @@ impl Engine {
         let reading = self.reading(member.snapshot)?;
         let image = self.member_stat(reading.epoch, member, None)?;
         let node = snapshot_node(member.snapshot, member.entry.ino);
-        Ok(Attr { node, shown: node, image: AttrImage { xattrs: Vec::new(), ..image } })
+        Ok(Attr {
+            node,
+            shown: node,
+            image: AttrImage {
+                xattrs: Vec::new(),
+                ..image
+            },
+        })
     }
 
     /// Changes attributes: one operation of C1. `file`: an open file of the object; `kill_priv`: the caller
@@ -107,7 +127,9 @@ impl Engine {
         file: Option<&OpenFile>,
         kill_priv: bool,
     ) -> Result<Attr> {
-        let Node::Live(object) = node else { return Err(Error::ReadOnly) };
+        let Node::Live(object) = node else {
+            return Err(Error::ReadOnly);
+        };
         let fd = self.backing.path_fd(&object.entry)?;
         let opened;
         let writable = match (set.size, file) {
@@ -153,13 +175,15 @@ impl Engine {
     /// The value of an extended attribute.
     pub fn getxattr(&self, node: &Node, name: &[u8]) -> Result<Vec<u8>> {
         match node {
-            Node::Live(object) => {
-                self.backing.get_xattr(self.backing.path_fd(&object.entry)?.as_fd(), name)
-            }
+            Node::Live(object) => self
+                .backing
+                .get_xattr(self.backing.path_fd(&object.entry)?.as_fd(), name),
             Node::At(member) => {
                 let image = self.full_member(member)?;
                 let found = image.xattrs.into_iter().find(|(known, _)| known == name);
-                found.map(|(_, value)| value).ok_or(Error::Os(Errno::NODATA))
+                found
+                    .map(|(_, value)| value)
+                    .ok_or(Error::Os(Errno::NODATA))
             }
             Node::Folder(_) => Err(Errno::NODATA.into()),
         }
@@ -168,12 +192,15 @@ impl Engine {
     /// The names of all extended attributes.
     pub fn listxattr(&self, node: &Node) -> Result<Vec<Vec<u8>>> {
         match node {
-            Node::Live(object) => {
-                self.backing.list_xattr(self.backing.path_fd(&object.entry)?.as_fd())
-            }
-            Node::At(member) => {
-                Ok(self.full_member(member)?.xattrs.into_iter().map(|(name, _)| name).collect())
-            }
+            Node::Live(object) => self
+                .backing
+                .list_xattr(self.backing.path_fd(&object.entry)?.as_fd()),
+            Node::At(member) => Ok(self
+                .full_member(member)?
+                .xattrs
+                .into_iter()
+                .map(|(name, _)| name)
+                .collect()),
             Node::Folder(_) => Ok(Vec::new()),
         }
     }
@@ -198,7 +225,9 @@ impl Engine {
         node: &Node,
         change: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
     ) -> Result<()> {
-        let Node::Live(object) = node else { return Err(Error::ReadOnly) };
+        let Node::Live(object) = node else {
+            return Err(Error::ReadOnly);
+        };
         let fd = self.backing.path_fd(&object.entry)?;
         self.change_attr(object, |op| {
             op.settle()?;

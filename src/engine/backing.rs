@@ -13,8 +13,8 @@ use crate::sys;
 use hashlink::LruCache;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom, Statx,
-    StatxFlags, XattrFlags,
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom,
+    Statx, StatxFlags, XattrFlags,
 };
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
@@ -52,7 +52,12 @@ pub struct Backing {
 
 fn statx(dir: BorrowedFd<'_>, name: &CStr) -> Result<Statx, Errno> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-    rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS | StatxFlags::BTIME)
+    rustix::fs::statx(
+        dir,
+        name,
+        flags,
+        StatxFlags::BASIC_STATS | StatxFlags::BTIME,
+    )
 }
 
 /// The `DT_*` value (readdir(3)) of a file mode.
@@ -61,7 +66,10 @@ pub fn kind_of_mode(mode: u32) -> u8 {
 }
 
 fn image(st: &Statx) -> AttrImage {
-    let time = |t: rustix::fs::StatxTimestamp| Timestamp { sec: t.tv_sec, nsec: t.tv_nsec };
+    let time = |t: rustix::fs::StatxTimestamp| Timestamp {
+        sec: t.tv_sec,
+        nsec: t.tv_nsec,
+    };
     AttrImage {
         mode: u32::from(st.stx_mode),
         uid: st.stx_uid,
@@ -86,7 +94,10 @@ impl Backing {
     /// [`Error::Source`] when it is missing, not a directory, read-only, in use, or on a filesystem that
     /// has no file handles.
     pub fn open(path: &Path) -> Result<Self> {
-        let fail = |why: String| Error::Source { path: path.to_path_buf(), why };
+        let fail = |why: String| Error::Source {
+            path: path.to_path_buf(),
+            why,
+        };
         let dir = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let pin = rustix::fs::open(path, dir | OFlags::RDONLY, Mode::empty())
             .map_err(|e| fail(format!("cannot open the directory: {e}")))?;
@@ -151,7 +162,9 @@ impl Backing {
         match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(Errno::ROFS) => {
-                return Err(fail("is on a read-only filesystem; cowfs needs to keep its store there".into()));
+                return Err(fail(
+                    "is on a read-only filesystem; cowfs needs to keep its store there".into(),
+                ));
             }
             Err(e) => return Err(fail(format!("cannot make {shown}: {e}"))),
         }
@@ -193,7 +206,8 @@ impl Backing {
     /// Opens an object by its handle. Never follows a symlink, never opens a device.
     pub fn open_object(&self, entry: &EntryImage, flags: OFlags) -> Result<OwnedFd> {
         let handle = &entry.handle;
-        let open = |flags| sys::open_by_handle(self.root.as_fd(), handle.kind, &handle.bytes, flags);
+        let open =
+            |flags| sys::open_by_handle(self.root.as_fd(), handle.kind, &handle.bytes, flags);
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         if flags.contains(OFlags::PATH) {
             return Ok(open(flags - OFlags::NONBLOCK)?);
@@ -236,7 +250,10 @@ impl Backing {
             kind: kind_of_mode(u32::from(st.stx_mode)),
             handle: ObjectHandle { kind, bytes },
         };
-        Ok(Some(Found { entry, attr: image(&st) }))
+        Ok(Some(Found {
+            entry,
+            attr: image(&st),
+        }))
     }
 
     // ---- reading
@@ -271,7 +288,11 @@ impl Backing {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        Ok(buf.split(|&b| b == 0).filter(|n| !n.is_empty()).map(<[u8]>::to_vec).collect())
+        Ok(buf
+            .split(|&b| b == 0)
+            .filter(|n| !n.is_empty())
+            .map(<[u8]>::to_vec)
+            .collect())
     }
 
     /// The value of one extended attribute.
@@ -308,7 +329,11 @@ impl Backing {
 
     /// The next data (`hole` false) or hole (true) at or after `offset`; `None` at the end of the file.
     pub fn seek(&self, fd: BorrowedFd<'_>, offset: u64, hole: bool) -> Result<Option<u64>> {
-        let whence = if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) };
+        let whence = if hole {
+            SeekFrom::Hole(offset)
+        } else {
+            SeekFrom::Data(offset)
+        };
         match rustix::fs::seek(fd, whence) {
             Ok(at) => Ok(Some(at)),
             Err(Errno::NXIO) => Ok(None),
@@ -345,7 +370,11 @@ impl Backing {
 
     /// fsync(2), or fdatasync(2).
     pub fn sync(&self, fd: BorrowedFd<'_>, data_only: bool) -> Result<()> {
-        if data_only { rustix::fs::fdatasync(fd)? } else { rustix::fs::fsync(fd)? }
+        if data_only {
+            rustix::fs::fdatasync(fd)?
+        } else {
+            rustix::fs::fsync(fd)?
+        }
         Ok(())
     }
 
@@ -353,7 +382,10 @@ impl Backing {
 
     /// chmod(2) of an object.
     pub fn chmod(&self, fd: BorrowedFd<'_>, mode: u32) -> Result<()> {
-        Ok(rustix::fs::chmod(sys::fd_path(fd), Mode::from_raw_mode(mode & 0o7777))?)
+        Ok(rustix::fs::chmod(
+            sys::fd_path(fd),
+            Mode::from_raw_mode(mode & 0o7777),
+        )?)
     }
 
     /// chown(2) of an object.
@@ -366,28 +398,51 @@ impl Backing {
     /// utimensat(2) of an object.
     pub fn utimens(&self, fd: BorrowedFd<'_>, times: &rustix::fs::Timestamps) -> Result<()> {
         match rustix::fs::utimensat(fd, c"", times, AtFlags::EMPTY_PATH) {
-            Err(Errno::INVAL) => {
-                Ok(rustix::fs::utimensat(CWD, sys::fd_path(fd), times, AtFlags::empty())?)
-            }
+            Err(Errno::INVAL) => Ok(rustix::fs::utimensat(
+                CWD,
+                sys::fd_path(fd),
+                times,
+                AtFlags::empty(),
+            )?),
             other => Ok(other?),
         }
     }
 
     /// setxattr(2) of an object.
-    pub fn set_xattr(&self, fd: BorrowedFd<'_>, name: &[u8], value: &[u8], flags: i32) -> Result<()> {
+    pub fn set_xattr(
+        &self,
+        fd: BorrowedFd<'_>,
+        name: &[u8],
+        value: &[u8],
+        flags: i32,
+    ) -> Result<()> {
         let flags = XattrFlags::from_bits_retain(flags as u32);
-        Ok(rustix::fs::setxattr(sys::fd_path(fd), &*sys::c_string(name)?, value, flags)?)
+        Ok(rustix::fs::setxattr(
+            sys::fd_path(fd),
+            &*sys::c_string(name)?,
+            value,
+            flags,
+        )?)
     }
 
     /// removexattr(2) of an object.
     pub fn remove_xattr(&self, fd: BorrowedFd<'_>, name: &[u8]) -> Result<()> {
-        Ok(rustix::fs::removexattr(sys::fd_path(fd), &*sys::c_string(name)?)?)
+        Ok(rustix::fs::removexattr(
+            sys::fd_path(fd),
+            &*sys::c_string(name)?,
+        )?)
     }
 
     // ---- changing names
 
     /// Creates a regular file that must not exist, and opens it.
-    pub fn create(&self, dir: BorrowedFd<'_>, name: &[u8], mode: u32, flags: OFlags) -> Result<OwnedFd> {
+    pub fn create(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        mode: u32,
+        flags: OFlags,
+    ) -> Result<OwnedFd> {
         let how = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(mode & 0o7777);
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
@@ -396,13 +451,23 @@ impl Backing {
 
     /// mkdir(2).
     pub fn mkdir(&self, dir: BorrowedFd<'_>, name: &[u8], mode: u32) -> Result<()> {
-        Ok(rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(mode & 0o7777))?)
+        Ok(rustix::fs::mkdirat(
+            dir,
+            name,
+            Mode::from_raw_mode(mode & 0o7777),
+        )?)
     }
 
     /// mknod(2).
     pub fn mknod(&self, dir: BorrowedFd<'_>, name: &[u8], mode: u32, rdev: u64) -> Result<()> {
         let perm = Mode::from_raw_mode(mode & 0o7777);
-        Ok(rustix::fs::mknodat(dir, name, FileType::from_raw_mode(mode), perm, rdev)?)
+        Ok(rustix::fs::mknodat(
+            dir,
+            name,
+            FileType::from_raw_mode(mode),
+            perm,
+            rdev,
+        )?)
     }
 
     /// symlink(2).
@@ -417,7 +482,11 @@ impl Backing {
 
     /// unlink(2), or rmdir(2).
     pub fn remove(&self, dir: BorrowedFd<'_>, name: &[u8], directory: bool) -> Result<()> {
-        let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        let flags = if directory {
+            AtFlags::REMOVEDIR
+        } else {
+            AtFlags::empty()
+        };
         Ok(rustix::fs::unlinkat(dir, name, flags)?)
     }
 
@@ -428,7 +497,9 @@ impl Backing {
         to: (BorrowedFd<'_>, &[u8]),
         flags: RenameFlags,
     ) -> Result<()> {
-        Ok(rustix::fs::renameat_with(from.0, from.1, to.0, to.1, flags)?)
+        Ok(rustix::fs::renameat_with(
+            from.0, from.1, to.0, to.1, flags,
+        )?)
     }
 
     // ---- retained objects: `.cowfs/retained/<inode number in hex>`
@@ -464,7 +535,12 @@ impl Backing {
 
     /// Whether an open directory has no entries.
     pub fn is_empty(&self, dir: &OwnedFd) -> Result<bool> {
-        let dir = rustix::fs::openat(dir, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let dir = rustix::fs::openat(
+            dir,
+            c".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
         for entry in rustix::fs::Dir::new(dir)? {
             let name = entry?.file_name().to_bytes().to_vec();
             if name != b"." && name != b".." {
@@ -477,7 +553,12 @@ impl Backing {
 
 /// The pieces of a byte range of an open file: `(start, end, is_data)`, in order, to the end of the range.
 /// Ranges past the end of the file count as holes.
-pub fn data_map(backing: &Backing, fd: BorrowedFd<'_>, start: u64, end: u64) -> Result<Vec<(u64, u64, bool)>> {
+pub fn data_map(
+    backing: &Backing,
+    fd: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+) -> Result<Vec<(u64, u64, bool)>> {
     let mut pieces = Vec::new();
     let mut at = start;
     while at < end {

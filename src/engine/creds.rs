@@ -18,7 +18,11 @@ pub struct Caller {
 
 impl Caller {
     /// Root, with an empty umask.
-    pub const ROOT: Self = Self { uid: 0, gid: 0, umask: 0 };
+    pub const ROOT: Self = Self {
+        uid: 0,
+        gid: 0,
+        umask: 0,
+    };
 }
 
 thread_local! {

@@ -6,7 +6,7 @@ use super::backing::HIDDEN;
 use super::handle::OpenDir;
 use super::object::{Member, Node, ObjectRef, folder_node, snapshot_node};
 use super::view::OpenSnapshot;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ids::{Epoch, Ino};
 use crate::store::EntryImage;
 use crate::sync::{Arc, Mutex};
@@ -59,14 +59,24 @@ impl Engine {
     pub fn open_dir(&self, node: &Node) -> Result<OpenDir> {
         match node {
             Node::Live(object) => {
-                let fd = self.backing.open_object(&object.entry, OFlags::RDONLY | OFlags::DIRECTORY)?;
+                let fd = self
+                    .backing
+                    .open_object(&object.entry, OFlags::RDONLY | OFlags::DIRECTORY)?;
                 let cursor = Mutex::new(Cursor::default());
-                Ok(OpenDir::Live(LiveDir { object: object.clone(), fd, cursor }))
+                Ok(OpenDir::Live(LiveDir {
+                    object: object.clone(),
+                    fd,
+                    cursor,
+                }))
             }
             Node::At(member) => {
                 let snapshot = self.open_snapshot(member.snapshot)?;
                 let entries = self.list_member(member)?.into_iter().collect();
-                Ok(OpenDir::At(MemberDir { member: member.clone(), entries, _snapshot: snapshot }))
+                Ok(OpenDir::At(MemberDir {
+                    member: member.clone(),
+                    entries,
+                    _snapshot: snapshot,
+                }))
             }
             Node::Folder(dir) => Ok(OpenDir::Folder(dir.clone())),
         }
@@ -109,7 +119,10 @@ impl Engine {
     ) -> Result<()> {
         let mut cursor = dir.cursor.lock();
         if offset != cursor.at {
-            *cursor = Cursor { at: offset, ahead: Vec::new() };
+            *cursor = Cursor {
+                at: offset,
+                ahead: Vec::new(),
+            };
         }
         loop {
             if cursor.ahead.is_empty() {
@@ -180,7 +193,10 @@ impl Engine {
             let image = EntryImage {
                 ino: Ino(entry.ino()),
                 kind: kind(entry.file_type()),
-                handle: crate::store::ObjectHandle { kind: 0, bytes: Vec::new() },
+                handle: crate::store::ObjectHandle {
+                    kind: 0,
+                    bytes: Vec::new(),
+                },
             };
             entries.insert(name.to_vec(), image);
         }
@@ -200,7 +216,12 @@ impl Engine {
         for (at, name) in [(1, &b"."[..]), (2, b"..")] {
             if offset < at {
                 let ino = if at == 1 { own } else { dir.ino().0 };
-                lines.push(Line { name: name.to_vec(), ino, kind: libc::DT_DIR, next: at });
+                lines.push(Line {
+                    name: name.to_vec(),
+                    ino,
+                    kind: libc::DT_DIR,
+                    next: at,
+                });
             }
         }
         let birth = self.store.birth(dir.ino())?.unwrap_or(Epoch(0)).0;
@@ -243,7 +264,9 @@ impl Engine {
 
 fn member_lines(dir: &MemberDir, offset: u64) -> impl Iterator<Item = Line> + '_ {
     let node = snapshot_node(dir.member.snapshot, dir.member.entry.ino);
-    let dots = [(&b"."[..], node), (b"..", node)].into_iter().map(|(name, ino)| (name, ino, libc::DT_DIR));
+    let dots = [(&b"."[..], node), (b"..", node)]
+        .into_iter()
+        .map(|(name, ino)| (name, ino, libc::DT_DIR));
     let k = dir.member.snapshot;
     let entries = dir
         .entries
@@ -252,7 +275,12 @@ fn member_lines(dir: &MemberDir, offset: u64) -> impl Iterator<Item = Line> + '_
     dots.chain(entries)
         .zip(1..)
         .skip(offset as usize)
-        .map(|((name, ino, kind), next)| Line { name: name.to_vec(), ino, kind, next })
+        .map(|((name, ino, kind), next)| Line {
+            name: name.to_vec(),
+            ino,
+            kind,
+            next,
+        })
 }
 
 fn kind(file_type: rustix::fs::FileType) -> u8 {

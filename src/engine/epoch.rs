@@ -50,7 +50,10 @@ impl Epochs {
             self.slot(epoch).fetch_add(1, Ordering::SeqCst);
             // A cut between the load and the count has not seen this operation: enter anew.
             if self.current.load(Ordering::SeqCst) == epoch {
-                return InFlight { epochs: self, epoch: Epoch(epoch) };
+                return InFlight {
+                    epochs: self,
+                    epoch: Epoch(epoch),
+                };
             }
             self.leave(epoch);
         }
@@ -76,7 +79,9 @@ impl Epochs {
         let mut guard = self.drained.0.lock();
         while self.slot(old.0).load(Ordering::SeqCst) != 0 {
             // The time limit only bounds the cost of a wake-up missed between the count and the flag.
-            self.drained.1.wait_for(&mut guard, Duration::from_millis(1));
+            self.drained
+                .1
+                .wait_for(&mut guard, Duration::from_millis(1));
         }
         drop(guard);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
@@ -119,7 +124,10 @@ mod tests {
             })
         };
         std::thread::sleep(Duration::from_millis(20));
-        assert!(!done.load(Ordering::SeqCst), "the old epoch still has an operation");
+        assert!(
+            !done.load(Ordering::SeqCst),
+            "the old epoch still has an operation"
+        );
         drop(old);
         waiter.join().unwrap();
         drop(new);

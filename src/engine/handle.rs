@@ -61,7 +61,11 @@ pub struct Handles {
 
 impl Default for Handles {
     fn default() -> Self {
-        Self { next: AtomicU64::new(1), files: Default::default(), dirs: RwLock::default() }
+        Self {
+            next: AtomicU64::new(1),
+            files: Default::default(),
+            dirs: RwLock::default(),
+        }
     }
 }
 
@@ -91,7 +95,12 @@ impl Engine {
 
     /// The open file behind a number.
     pub fn file(&self, id: HandleId) -> Result<Arc<OpenFile>> {
-        self.handles.shard(id).read().get(&id).cloned().ok_or(Error::Os(Errno::BADF))
+        self.handles
+            .shard(id)
+            .read()
+            .get(&id)
+            .cloned()
+            .ok_or(Error::Os(Errno::BADF))
     }
 
     /// Forgets an open file; it closes when the last request on it is done.
@@ -110,7 +119,12 @@ impl Engine {
 
     /// The open directory behind a number.
     pub fn dir(&self, id: HandleId) -> Result<Arc<OpenDir>> {
-        self.handles.dirs.read().get(&id).cloned().ok_or(Error::Os(Errno::BADF))
+        self.handles
+            .dirs
+            .read()
+            .get(&id)
+            .cloned()
+            .ok_or(Error::Os(Errno::BADF))
     }
 
     /// Forgets an open directory.
@@ -126,7 +140,7 @@ impl Engine {
 
     /// Opens a regular file. `flags` are those of open(2); those that the kernel has dealt with already
     /// (creation, truncation, appending, direct I/O) do not reach the backing filesystem.
-    pub fn open(&self, node: &Node, flags: i32) -> Result<OpenFile> {
+    pub fn open_file(&self, node: &Node, flags: i32) -> Result<OpenFile> {
         let writes = flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0;
         match node {
             Node::Live(object) => self.open_live(object, flags).map(OpenFile::Live),
@@ -134,7 +148,11 @@ impl Engine {
             Node::At(member) => {
                 let snapshot = self.open_snapshot(member.snapshot)?;
                 let fd = self.backing.open_object(&member.entry, OFlags::RDONLY)?;
-                Ok(OpenFile::At(MemberFile { member: member.clone(), fd, snapshot }))
+                Ok(OpenFile::At(MemberFile {
+                    member: member.clone(),
+                    fd,
+                    snapshot,
+                }))
             }
             Node::Folder(_) => Err(Error::Os(Errno::ISDIR)),
         }

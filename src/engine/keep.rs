@@ -9,7 +9,7 @@ use super::backing::data_map;
 use super::epoch::InFlight;
 use super::object::{Kept, Known, Object};
 use crate::error::{Error, Result};
-use crate::ids::{BLOCK, CHUNK, CHUNK_BLOCKS, Epoch, Ino, Lsn};
+use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino, Lsn};
 use crate::store::{AttrImage, ExtentData, Retained};
 use crate::sync::{Arc, MutexGuard, Ordering};
 use rustix::fd::{AsFd, BorrowedFd};
@@ -83,7 +83,12 @@ impl Engine {
 
     /// The newest snapshot not later than `epoch`, if pre-images have to be kept for one.
     fn guard(&self, epoch: Epoch) -> Option<Epoch> {
-        self.guards.read().iter().rev().copied().find(|k| *k <= epoch)
+        self.guards
+            .read()
+            .iter()
+            .rev()
+            .copied()
+            .find(|k| *k <= epoch)
     }
 
     /// Recomputes the snapshots that pre-images are kept for, with the one being `cut`.
@@ -116,13 +121,17 @@ impl<'a> Op<'a> {
     /// the newest.
     fn aim(&mut self, object: &Object) -> Result<Option<Aim>> {
         let label = self.epoch_of(object);
-        let Some(base) = self.engine.guard(label) else { return Ok(None) };
+        let Some(base) = self.engine.guard(label) else {
+            return Ok(None);
+        };
         let store = &self.engine.store;
         let kept = self.kept(object)?;
         kept.rebase(base);
         let birth = match kept.birth {
             Some(birth) => birth,
-            None => *kept.birth.insert(store.birth(object.ino())?.unwrap_or(Epoch(0))),
+            None => *kept
+                .birth
+                .insert(store.birth(object.ino())?.unwrap_or(Epoch(0))),
         };
         Ok((birth < base).then_some(Aim { label, base }))
     }
@@ -130,7 +139,9 @@ impl<'a> Op<'a> {
     /// Whether `object`, whose last name is about to go, has to be retained because a snapshot shows it; the
     /// record of that is appended. `origin`: directory and name where a crash may leave it half-way.
     pub fn retain(&mut self, object: &Object, origin: Option<(&Object, &[u8])>) -> Result<bool> {
-        let Some(aim) = self.aim(object)? else { return Ok(false) };
+        let Some(aim) = self.aim(object)? else {
+            return Ok(false);
+        };
         let record = Retained {
             ino: object.ino(),
             kind: object.entry.kind,
@@ -155,7 +166,9 @@ impl<'a> Op<'a> {
 
     /// Keeps the attributes of `object`.
     pub fn keep_attr(&mut self, object: &Object) -> Result<()> {
-        let Some(aim) = self.aim(object)? else { return Ok(()) };
+        let Some(aim) = self.aim(object)? else {
+            return Ok(());
+        };
         if !matches!(self.attr_kept(object, aim)?, Known::Yes(_)) {
             let fd = self.engine.backing.path_fd(&object.entry)?;
             let image = self.engine.backing.full_attr(fd.as_fd())?;
@@ -176,9 +189,17 @@ impl<'a> Op<'a> {
         // Of a removed object the live link is the one in `retained/`, which the cut did not have. Its
         // attributes are kept with its removal at the latest, so that this is only ever about an object
         // removed in an epoch before `label` that is still open.
-        let nlink = image.nlink - u32::from(object.retained.load(Ordering::SeqCst)).min(image.nlink);
-        let image = AttrImage { nlink, ..image.clone() };
-        self.appended = Some(self.engine.store.keep_attr(object.ino(), aim.label, &image)?);
+        let nlink =
+            image.nlink - u32::from(object.retained.load(Ordering::SeqCst)).min(image.nlink);
+        let image = AttrImage {
+            nlink,
+            ..image.clone()
+        };
+        self.appended = Some(
+            self.engine
+                .store
+                .keep_attr(object.ino(), aim.label, &image)?,
+        );
         let kept = self.kept(object)?;
         kept.attr = Known::Yes(image.size);
         kept.note(aim.label);
@@ -187,14 +208,23 @@ impl<'a> Op<'a> {
 
     /// Keeps what `name` in the directory `dir` means.
     pub fn keep_entry(&mut self, dir: &Object, name: &[u8]) -> Result<()> {
-        let Some(aim) = self.aim(dir)? else { return Ok(()) };
+        let Some(aim) = self.aim(dir)? else {
+            return Ok(());
+        };
         let engine = self.engine;
         if engine.store.entry_at(dir.ino(), name, aim.base)?.is_some() {
             return Ok(());
         }
         let fd = engine.backing.path_fd(&dir.entry)?;
-        let was = engine.backing.find(fd.as_fd(), name)?.map(|found| found.entry);
-        self.appended = Some(engine.store.keep_entry(dir.ino(), name, aim.label, was.as_ref())?);
+        let was = engine
+            .backing
+            .find(fd.as_fd(), name)?
+            .map(|found| found.entry);
+        self.appended = Some(
+            engine
+                .store
+                .keep_entry(dir.ino(), name, aim.label, was.as_ref())?,
+        );
         Ok(())
     }
 
@@ -207,7 +237,9 @@ impl<'a> Op<'a> {
         start: u64,
         end: u64,
     ) -> Result<()> {
-        let Some(aim) = self.aim(object)? else { return Ok(()) };
+        let Some(aim) = self.aim(object)? else {
+            return Ok(());
+        };
         let size = match self.attr_kept(object, aim)? {
             Known::Yes(size) => size,
             _ => {
@@ -280,7 +312,14 @@ impl<'a> Op<'a> {
         let pieces = data_map(backing, fd, from * block, (to * block).min(size))?;
         for (first, last, data) in block_map(&pieces, from, to) {
             if !data {
-                self.append_extent(object, aim, first, ExtentData::Hole { blocks: last - first })?;
+                self.append_extent(
+                    object,
+                    aim,
+                    first,
+                    ExtentData::Hole {
+                        blocks: last - first,
+                    },
+                )?;
                 continue;
             }
             let mut buf = vec![0; ((last - first) * block) as usize];
@@ -297,8 +336,19 @@ impl<'a> Op<'a> {
         Ok(())
     }
 
-    fn append_extent(&mut self, object: &Object, aim: Aim, first: u64, data: ExtentData<'_>) -> Result<()> {
-        self.appended = Some(self.engine.store.keep_extent(object.ino(), aim.label, first, data)?);
+    fn append_extent(
+        &mut self,
+        object: &Object,
+        aim: Aim,
+        first: u64,
+        data: ExtentData<'_>,
+    ) -> Result<()> {
+        self.appended = Some(self.engine.store.keep_extent(
+            object.ino(),
+            aim.label,
+            first,
+            data,
+        )?);
         self.kept(object)?.note(aim.label);
         Ok(())
     }
@@ -356,8 +406,15 @@ mod tests {
         assert_eq!(block_map(&[(0, 3 * b, false)], 0, 3), [(0, 3, false)]);
         assert_eq!(block_map(&[(b, 2 * b, true)], 1, 2), [(1, 2, true)]);
         // A hole that begins and ends within blocks of data leaves only its whole blocks.
-        let pieces = [(0, b + 1, true), (b + 1, 5 * b - 1, false), (5 * b - 1, 6 * b, true)];
-        assert_eq!(block_map(&pieces, 0, 6), [(0, 2, true), (2, 4, false), (4, 6, true)]);
+        let pieces = [
+            (0, b + 1, true),
+            (b + 1, 5 * b - 1, false),
+            (5 * b - 1, 6 * b, true),
+        ];
+        assert_eq!(
+            block_map(&pieces, 0, 6),
+            [(0, 2, true), (2, 4, false), (4, 6, true)]
+        );
         let pieces = [(0, 1, true), (1, b, false), (b - 1, b, true)];
         assert_eq!(block_map(&pieces, 0, 2), [(0, 1, true), (1, 2, false)]);
     }

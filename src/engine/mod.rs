@@ -90,7 +90,10 @@ impl Engine {
         recover::pair(&backing, &store, options.store.as_deref())?;
         let root = backing.root_entry().ino;
         if root.0 >= object::INO_MAX {
-            return Err(Error::Source { path: source.into(), why: "has an inode number above 2⁶¹".into() });
+            return Err(Error::Source {
+                path: source.into(),
+                why: "has an inode number above 2⁶¹".into(),
+            });
         }
         let epochs = Arc::new(Epochs::new(store.epoch()));
         let engine = Arc::new(Self {

@@ -58,12 +58,15 @@ impl Engine {
         if self.is_hidden(dir.ino(), name) {
             return Ok(None);
         }
-        self.backing.find(self.backing.path_fd(&dir.entry)?.as_fd(), name)
+        self.backing
+            .find(self.backing.path_fd(&dir.entry)?.as_fd(), name)
     }
 
     fn lookup_member(&self, dir: &Member, name: &[u8]) -> Result<Attr> {
         let reading = self.reading(dir.snapshot)?;
-        let entry = self.member_entry(reading.epoch, &dir.entry, name)?.ok_or(Error::Os(Errno::NOENT))?;
+        let entry = self
+            .member_entry(reading.epoch, &dir.entry, name)?
+            .ok_or(Error::Os(Errno::NOENT))?;
         let (_, member) = self.nodes.told_member(reading.epoch, &entry);
         self.attr_of_member(&member)
     }
@@ -76,7 +79,10 @@ impl Engine {
         if let Some((_, was)) = self.store.entry_at(dir.ino, name, k)? {
             return Ok(was);
         }
-        let live = self.backing.path_fd(dir).and_then(|fd| self.backing.find(fd.as_fd(), name));
+        let live = self
+            .backing
+            .path_fd(dir)
+            .and_then(|fd| self.backing.find(fd.as_fd(), name));
         match self.store.entry_at(dir.ino, name, k)? {
             Some((_, was)) => Ok(was),
             None => Ok(live?.map(|found| found.entry)),
@@ -130,7 +136,7 @@ impl Engine {
                 let attr = self.lookup_live(&dir, name)?;
                 let found = self.find_live(&dir, name)?.ok_or(Error::Os(Errno::NOENT))?;
                 let object = self.nodes.object(&found.entry, None);
-                match self.open(&Node::Live(object), flags)? {
+                match self.open_file(&Node::Live(object), flags)? {
                     super::handle::OpenFile::Live(file) => Ok((attr, file)),
                     super::handle::OpenFile::At(_) => Err(Error::ReadOnly),
                 }
@@ -156,7 +162,10 @@ impl Engine {
         fd: BorrowedFd<'_>,
         name: &[u8],
     ) -> Result<(ObjectRef, Found)> {
-        let found = self.backing.find(fd, name)?.ok_or(Error::Os(Errno::NOENT))?;
+        let found = self
+            .backing
+            .find(fd, name)?
+            .ok_or(Error::Os(Errno::NOENT))?;
         let birth = op.born(dir, found.entry.ino)?;
         let object = self.nodes.object(&found.entry, Some(birth));
         Ok((object, found))
@@ -190,10 +199,17 @@ impl Engine {
         let dir = self.writable_dir(parent, name)?;
         let dir_fd = self.backing.path_fd(&dir.entry)?;
         loop {
-            let found = self.find_live(&dir, name)?.ok_or_else(|| self.absent(name))?;
+            let found = self
+                .find_live(&dir, name)?
+                .ok_or_else(|| self.absent(name))?;
             let child = self.nodes.object(&found.entry, None);
             if child.is_dir() != directory {
-                return Err(if directory { Errno::NOTDIR } else { Errno::ISDIR }.into());
+                return Err(if directory {
+                    Errno::NOTDIR
+                } else {
+                    Errno::ISDIR
+                }
+                .into());
             }
             let mut op = self.begin(&[&dir, &child]);
             // Under the locks the name must still mean what was locked.
@@ -219,24 +235,41 @@ impl Engine {
 
     /// Why a name that is not there cannot be removed: the snapshot folder of a directory is not an entry.
     fn absent(&self, name: &[u8]) -> Error {
-        Error::Os(if name == self.snapshot_dir { Errno::BUSY } else { Errno::NOENT })
+        Error::Os(if name == self.snapshot_dir {
+            Errno::BUSY
+        } else {
+            Errno::NOENT
+        })
     }
 
     fn means(&self, dir: &Object, name: &[u8], object: &Object) -> Result<bool> {
-        Ok(self.find_live(dir, name)?.is_some_and(|found| found.entry.handle == object.entry.handle))
+        Ok(self
+            .find_live(dir, name)?
+            .is_some_and(|found| found.entry.handle == object.entry.handle))
     }
 
     fn check_empty(&self, object: &Object) -> Result<()> {
         if !object.is_dir() {
             return Ok(());
         }
-        let fd = self.backing.open_object(&object.entry, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        if self.backing.is_empty(&fd)? { Ok(()) } else { Err(Errno::NOTEMPTY.into()) }
+        let fd = self
+            .backing
+            .open_object(&object.entry, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        if self.backing.is_empty(&fd)? {
+            Ok(())
+        } else {
+            Err(Errno::NOTEMPTY.into())
+        }
     }
 
     /// Whether the name about to go is the only one.
     fn last_name(&self, object: &Object, directory: bool) -> Result<bool> {
-        Ok(directory || self.backing.stat(self.backing.path_fd(&object.entry)?.as_fd())?.nlink <= 1)
+        Ok(directory
+            || self
+                .backing
+                .stat(self.backing.path_fd(&object.entry)?.as_fd())?
+                .nlink
+                <= 1)
     }
 
     /// Keeps the inode of an object whose last name goes, so that its number is not reused while the kernel
@@ -261,14 +294,24 @@ impl Engine {
         if !(flags - (RenameFlags::NOREPLACE | RenameFlags::EXCHANGE)).is_empty() {
             return Err(Errno::INVAL.into());
         }
-        let (from_dir, to_dir) = (self.writable_dir(from.0, from.1)?, self.writable_dir(to.0, to.1)?);
+        let (from_dir, to_dir) = (
+            self.writable_dir(from.0, from.1)?,
+            self.writable_dir(to.0, to.1)?,
+        );
         loop {
-            let moved = self.find_live(&from_dir, from.1)?.ok_or_else(|| self.absent(from.1))?;
+            let moved = self
+                .find_live(&from_dir, from.1)?
+                .ok_or_else(|| self.absent(from.1))?;
             let moved = self.nodes.object(&moved.entry, None);
             let target = self
                 .find_live(&to_dir, to.1)?
                 .map(|found| self.nodes.object(&found.entry, None));
-            let places = Places { from_dir: &from_dir, from: from.1, to_dir: &to_dir, to: to.1 };
+            let places = Places {
+                from_dir: &from_dir,
+                from: from.1,
+                to_dir: &to_dir,
+                to: to.1,
+            };
             if self.rename_objects(&places, &moved, target.as_ref(), flags)? {
                 return Ok(());
             }
@@ -327,7 +370,8 @@ impl Engine {
     fn move_name(&self, at: &Places<'_>, flags: RenameFlags) -> Result<()> {
         let from = self.backing.path_fd(&at.from_dir.entry)?;
         let to = self.backing.path_fd(&at.to_dir.entry)?;
-        self.backing.rename((from.as_fd(), at.from), (to.as_fd(), at.to), flags)
+        self.backing
+            .rename((from.as_fd(), at.from), (to.as_fd(), at.to), flags)
     }
 
     /// Renames over `target`. One that has to be retained gets a second link there first, so that the
@@ -361,7 +405,9 @@ impl Engine {
 
     /// The live directory `parent`, if `name` in it is one that may be changed.
     fn writable_dir(&self, parent: &Node, name: &[u8]) -> Result<ObjectRef> {
-        let Node::Live(dir) = parent else { return Err(Error::ReadOnly) };
+        let Node::Live(dir) = parent else {
+            return Err(Error::ReadOnly);
+        };
         if dir.retained.load(Ordering::SeqCst) {
             return Err(Errno::NOENT.into());
         }
@@ -393,8 +439,13 @@ fn check_replaces(moved: &Object, target: &Object) -> Result<()> {
 }
 
 impl LiveFile {
-    fn new(object: ObjectRef, fd: rustix::fd::OwnedFd, flags: i32) -> Self {
+    pub(super) fn new(object: ObjectRef, fd: rustix::fd::OwnedFd, flags: i32) -> Self {
         let writable = access(flags) == OFlags::RDWR;
-        Self { object, fd, writable, sync_each_write: sync_mode(flags) }
+        Self {
+            object,
+            fd,
+            writable,
+            sync_each_write: sync_mode(flags),
+        }
     }
 }

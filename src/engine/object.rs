@@ -90,7 +90,14 @@ pub enum Known<T> {
 
 impl Kept {
     fn new(seen: Epoch, birth: Option<Epoch>) -> Self {
-        Self { base: None, seen, birth, attr: Known::Unknown, chunks: HashMap::new(), fresh: false }
+        Self {
+            base: None,
+            seen,
+            birth,
+            attr: Known::Unknown,
+            chunks: HashMap::new(),
+            fresh: false,
+        }
     }
 
     /// Makes the answers refer to snapshot `base`, forgetting those that referred to another.
@@ -100,7 +107,11 @@ impl Kept {
         }
         self.fresh = base > self.seen;
         self.base = Some(base);
-        self.attr = if self.fresh { Known::No } else { Known::Unknown };
+        self.attr = if self.fresh {
+            Known::No
+        } else {
+            Known::Unknown
+        };
         self.chunks = HashMap::new();
     }
 
@@ -242,7 +253,12 @@ impl Nodes {
     /// An empty table for a tree whose root directory is `root`.
     pub fn new(root: Ino, epochs: Arc<Epochs>) -> Arc<Self> {
         let shards = (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect();
-        Arc::new(Self { shards, root, epochs, known: AtomicU64::new(0) })
+        Arc::new(Self {
+            shards,
+            root,
+            epochs,
+            known: AtomicU64::new(0),
+        })
     }
 
     fn shard(&self, node: NodeId) -> &Shard {
@@ -261,7 +277,10 @@ impl Nodes {
 
     fn wrap(self: &Arc<Self>, object: Arc<Object>) -> ObjectRef {
         object.uses.fetch_add(1, Ordering::SeqCst);
-        ObjectRef { object, nodes: self.clone() }
+        ObjectRef {
+            object,
+            nodes: self.clone(),
+        }
     }
 
     /// The node behind a number, if it is known.
@@ -282,7 +301,10 @@ impl Nodes {
                 return self.wrap(object.clone());
             }
             // Only a change of the backing directory behind the mount's back can bring this about.
-            log::warn!("inode {} changed behind the mount: another object has its number", entry.ino);
+            log::warn!(
+                "inode {} changed behind the mount: another object has its number",
+                entry.ino
+            );
         }
         // The epoch is read under the shard's lock: an earlier value of the same object, gone from the table
         // by now, kept nothing labelled later.
@@ -306,7 +328,13 @@ impl Nodes {
         let mut shard = self.shard(node).lock();
         let slot = shard.entry(node).or_insert_with(|| {
             self.known.fetch_add(1, Ordering::Relaxed);
-            Slot::At { member: Arc::new(Member { snapshot, entry: entry.clone() }), lookups: 0 }
+            Slot::At {
+                member: Arc::new(Member {
+                    snapshot,
+                    entry: entry.clone(),
+                }),
+                lookups: 0,
+            }
         });
         match slot {
             Slot::At { member, lookups } => {
@@ -323,7 +351,10 @@ impl Nodes {
         let mut shard = self.shard(node).lock();
         let slot = shard.entry(node).or_insert_with(|| {
             self.known.fetch_add(1, Ordering::Relaxed);
-            Slot::Folder { dir: dir.clone(), lookups: 0 }
+            Slot::Folder {
+                dir: dir.clone(),
+                lookups: 0,
+            }
         });
         if let Slot::Folder { lookups, .. } = slot {
             *lookups += 1;
@@ -337,7 +368,9 @@ impl Nodes {
         let gone = match shard.get_mut(&node) {
             Some(Slot::Live(object)) => {
                 let before = object.lookups.load(Ordering::SeqCst);
-                object.lookups.store(before.saturating_sub(count), Ordering::SeqCst);
+                object
+                    .lookups
+                    .store(before.saturating_sub(count), Ordering::SeqCst);
                 before <= count && object.uses.load(Ordering::SeqCst) == 0
             }
             Some(Slot::At { lookups, .. } | Slot::Folder { lookups, .. }) => {
@@ -357,7 +390,8 @@ impl Nodes {
     fn drop_if_unknown(&self, object: &Arc<Object>) {
         let node = self.live_id(object.ino());
         let mut shard = self.shard(node).lock();
-        let ours = matches!(shard.get(&node), Some(Slot::Live(known)) if Arc::ptr_eq(known, object));
+        let ours =
+            matches!(shard.get(&node), Some(Slot::Live(known)) if Arc::ptr_eq(known, object));
         if ours
             && object.lookups.load(Ordering::SeqCst) == 0
             && object.uses.load(Ordering::SeqCst) == 0

@@ -23,7 +23,9 @@ impl Engine {
 
     fn read_member(&self, file: &MemberFile, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let (k, ino) = (file.snapshot.epoch, file.member.entry.ino);
-        let size = self.member_stat(k, &file.member, Some(file.fd.as_fd()))?.size;
+        let size = self
+            .member_stat(k, &file.member, Some(file.fd.as_fd()))?
+            .size;
         let len = size.saturating_sub(offset).min(buf.len() as u64) as usize;
         let buf = &mut buf[..len];
         let mut done = 0;
@@ -87,15 +89,18 @@ impl Engine {
     /// lseek(2) with `SEEK_DATA` or `SEEK_HOLE`. `ENXIO` past the end of the file, or of its data.
     pub fn seek(&self, file: &OpenFile, offset: u64, hole: bool) -> Result<u64> {
         match file {
-            OpenFile::Live(live) => {
-                self.backing.seek(live.fd(), offset, hole)?.ok_or(Error::Os(Errno::NXIO))
-            }
+            OpenFile::Live(live) => self
+                .backing
+                .seek(live.fd(), offset, hole)?
+                .ok_or(Error::Os(Errno::NXIO)),
             OpenFile::At(at) => self.seek_member(at, offset, hole),
         }
     }
 
     fn seek_member(&self, file: &MemberFile, offset: u64, hole: bool) -> Result<u64> {
-        let size = self.member_stat(file.snapshot.epoch, &file.member, Some(file.fd.as_fd()))?.size;
+        let size = self
+            .member_stat(file.snapshot.epoch, &file.member, Some(file.fd.as_fd()))?
+            .size;
         if offset >= size {
             return Err(Errno::NXIO.into());
         }
@@ -109,22 +114,27 @@ impl Engine {
             }
             at = self.skip_untouched(file, end, size, hole)?;
         }
-        if hole { Ok(size) } else { Err(Errno::NXIO.into()) }
+        if hole {
+            Ok(size)
+        } else {
+            Err(Errno::NXIO.into())
+        }
     }
 
     /// Leaps over chunks without pre-images, as far as the live file has nothing to find there.
-    fn skip_untouched(
-        &self,
-        file: &MemberFile,
-        at: u64,
-        size: u64,
-        hole: bool,
-    ) -> Result<u64> {
+    fn skip_untouched(&self, file: &MemberFile, at: u64, size: u64, hole: bool) -> Result<u64> {
         let ino = file.member.entry.ino;
-        let live = self.backing.seek(file.fd.as_fd(), at, hole)?.unwrap_or(size).min(size);
+        let live = self
+            .backing
+            .seek(file.fd.as_fd(), at, hole)?
+            .unwrap_or(size)
+            .min(size);
         let mut at = at;
         while at + CHUNK <= live {
-            match self.store.next_extent_chunk(ino, file.snapshot.epoch, at / CHUNK)? {
+            match self
+                .store
+                .next_extent_chunk(ino, file.snapshot.epoch, at / CHUNK)?
+            {
                 Some(chunk) if chunk * CHUNK < live => return Ok((chunk * CHUNK).max(at)),
                 _ => at = live / CHUNK * CHUNK,
             }
@@ -133,15 +143,12 @@ impl Engine {
     }
 
     /// Data and holes of `from..to`, within one chunk, as of the snapshot.
-    fn map_in_chunk(
-        &self,
-        file: &MemberFile,
-        from: u64,
-        to: u64,
-    ) -> Result<Vec<(u64, u64, bool)>> {
+    fn map_in_chunk(&self, file: &MemberFile, from: u64, to: u64) -> Result<Vec<(u64, u64, bool)>> {
         let fd = file.fd.as_fd();
         let live = super::backing::data_map(&self.backing, fd, from, to)?;
-        let extents = self.store.extents_at(file.member.entry.ino, file.snapshot.epoch, from / CHUNK)?;
+        let extents =
+            self.store
+                .extents_at(file.member.entry.ino, file.snapshot.epoch, from / CHUNK)?;
         let block = BLOCK as u64;
         let mut pieces: Vec<(u64, u64, bool)> = Vec::new();
         let mut push = |start: u64, end: u64, data: bool| match pieces.last_mut() {
@@ -171,7 +178,9 @@ impl Engine {
             Node::Live(object) => &object.entry,
             Node::At(member) => {
                 let _reading = self.reading(member.snapshot)?;
-                return self.backing.read_link(self.backing.path_fd(&member.entry)?.as_fd());
+                return self
+                    .backing
+                    .read_link(self.backing.path_fd(&member.entry)?.as_fd());
             }
             Node::Folder(_) => return Err(Errno::INVAL.into()),
         };
@@ -187,14 +196,17 @@ impl Engine {
     ) -> Result<AttrImage> {
         self.member_image(k, member.entry.ino, || match fd {
             Some(fd) => self.backing.stat(fd),
-            None => self.backing.stat(self.backing.path_fd(&member.entry)?.as_fd()),
+            None => self
+                .backing
+                .stat(self.backing.path_fd(&member.entry)?.as_fd()),
         })
     }
 
     /// Stat fields and extended attributes of an object as of snapshot `k`.
     pub(super) fn member_attr(&self, k: Epoch, member: &Member) -> Result<AttrImage> {
         self.member_image(k, member.entry.ino, || {
-            self.backing.full_attr(self.backing.path_fd(&member.entry)?.as_fd())
+            self.backing
+                .full_attr(self.backing.path_fd(&member.entry)?.as_fd())
         })
     }
 

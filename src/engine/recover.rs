@@ -14,7 +14,10 @@ use std::path::Path;
 /// [`Error::Store`] when either belongs to another.
 pub fn pair(backing: &Backing, store: &Store, elsewhere: Option<&Path>) -> Result<()> {
     let shown = elsewhere.map_or_else(|| backing.path.join(".cowfs/store"), Path::to_path_buf);
-    let fail = |why: &str| Error::Store { path: shown.clone(), why: why.into() };
+    let fail = |why: &str| Error::Store {
+        path: shown.clone(),
+        why: why.into(),
+    };
     let mark = backing.hidden_path().join("store-id");
     let id = format!("{:032x}\n", store.uuid());
     match std::fs::read_to_string(&mark) {
@@ -63,9 +66,17 @@ pub fn retained(engine: &Engine) -> Result<()> {
 
 /// A directory that has changed places with its successor is moved to the retained from there.
 fn finish_exchange(engine: &Engine, record: &Retained) -> Result<bool> {
-    let Some((ino, handle, name)) = &record.origin else { return Ok(false) };
-    let dir = EntryImage { ino: *ino, kind: libc::DT_DIR, handle: handle.clone() };
-    let Ok(fd) = engine.backing.path_fd(&dir) else { return Ok(false) };
+    let Some((ino, handle, name)) = &record.origin else {
+        return Ok(false);
+    };
+    let dir = EntryImage {
+        ino: *ino,
+        kind: libc::DT_DIR,
+        handle: handle.clone(),
+    };
+    let Ok(fd) = engine.backing.path_fd(&dir) else {
+        return Ok(false);
+    };
     match engine.backing.find(fd.as_fd(), name)? {
         Some(found) if found.entry.handle == record.handle => {
             engine.backing.retain(fd.as_fd(), name, record.ino)?;

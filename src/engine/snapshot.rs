@@ -35,7 +35,10 @@ pub struct CutReport {
 /// The time of day.
 pub fn now() -> Timestamp {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
-    Timestamp { sec: now.tv_sec, nsec: now.tv_nsec as u32 }
+    Timestamp {
+        sec: now.tv_sec,
+        nsec: now.tv_nsec as u32,
+    }
 }
 
 fn check_name(name: &[u8]) -> Result<()> {
@@ -45,7 +48,11 @@ fn check_name(name: &[u8]) -> Result<()> {
         || name == b".."
         || name.contains(&b'/')
         || name.contains(&0);
-    if bad { Err(Error::SnapshotName(String::from_utf8_lossy(name).into())) } else { Ok(()) }
+    if bad {
+        Err(Error::SnapshotName(String::from_utf8_lossy(name).into()))
+    } else {
+        Ok(())
+    }
 }
 
 fn shown(name: &[u8]) -> String {
@@ -101,7 +108,10 @@ impl Engine {
             held: false,
             state: SnapshotState::Ready,
         };
-        let recorded = self.store.record_snapshot(&info).and_then(|lsn| self.settle(Some(lsn)));
+        let recorded = self
+            .store
+            .record_snapshot(&info)
+            .and_then(|lsn| self.settle(Some(lsn)));
         if recorded.is_ok() {
             self.snapshots.insert(info);
             self.snapshots.touch();
@@ -126,8 +136,10 @@ impl Engine {
     /// [`Error::SnapshotBusy`] while a file or directory of it is open.
     pub fn delete_snapshot(&self, name: &[u8]) -> Result<()> {
         let _cut = self.cut.lock();
-        let snapshot =
-            self.snapshots.named(name).ok_or_else(|| Error::SnapshotMissing(shown(name)))?;
+        let snapshot = self
+            .snapshots
+            .named(name)
+            .ok_or_else(|| Error::SnapshotMissing(shown(name)))?;
         snapshot.seal()?;
         if let Err(error) = self.store.delete_snapshot(snapshot.info.epoch) {
             snapshot.unseal();
@@ -144,15 +156,20 @@ impl Engine {
     pub fn rename_snapshot(&self, from: &[u8], to: &[u8]) -> Result<()> {
         check_name(to)?;
         let _cut = self.cut.lock();
-        let snapshot =
-            self.snapshots.named(from).ok_or_else(|| Error::SnapshotMissing(shown(from)))?;
+        let snapshot = self
+            .snapshots
+            .named(from)
+            .ok_or_else(|| Error::SnapshotMissing(shown(from)))?;
         if from == to {
             return Ok(());
         }
         if self.snapshots.named(to).is_some() {
             return Err(Error::SnapshotExists(shown(to)));
         }
-        let info = SnapshotInfo { name: to.to_vec(), ..snapshot.info.clone() };
+        let info = SnapshotInfo {
+            name: to.to_vec(),
+            ..snapshot.info.clone()
+        };
         let lsn = self.store.record_snapshot(&info)?;
         self.settle(Some(lsn))?;
         self.snapshots.insert(info);
@@ -216,7 +233,11 @@ impl Engine {
             btime: None,
             xattrs: Vec::new(),
         };
-        Ok(Attr { node, shown: node, image })
+        Ok(Attr {
+            node,
+            shown: node,
+            image,
+        })
     }
 
     /// The directory `dir` in the snapshot called `name`.

@@ -36,7 +36,8 @@ impl Upkeep {
 
     /// Notes how long an operation waited to begin.
     pub(super) fn note_wait(&self, wait: Duration) {
-        self.longest_wait.fetch_max(wait.as_nanos() as u64, Ordering::Relaxed);
+        self.longest_wait
+            .fetch_max(wait.as_nanos() as u64, Ordering::Relaxed);
     }
 
     pub(super) fn take_longest_wait(&self) -> Duration {
@@ -112,6 +113,7 @@ impl Engine {
                 *pin = Some(self.backing.open_object(&object.entry, OFlags::PATH)?);
             }
         }
-        self.backing.release_retained(dead.ino, dead.kind == libc::DT_DIR)
+        self.backing
+            .release_retained(dead.ino, dead.kind == libc::DT_DIR)
     }
 }

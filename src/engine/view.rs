@@ -95,7 +95,9 @@ impl Snapshots {
             None => Arc::default(),
         };
         table.by_name.insert(info.name.clone(), info.epoch);
-        table.by_epoch.insert(info.epoch, Arc::new(Snapshot { info, users }));
+        table
+            .by_epoch
+            .insert(info.epoch, Arc::new(Snapshot { info, users }));
     }
 
     pub(super) fn remove(&self, epoch: Epoch) {
@@ -123,7 +125,12 @@ impl Snapshots {
 
     /// All snapshots, oldest first, from number `from` on.
     pub fn from(&self, from: Epoch) -> Vec<Arc<Snapshot>> {
-        self.table.read().by_epoch.range(from..).map(|(_, snapshot)| snapshot.clone()).collect()
+        self.table
+            .read()
+            .by_epoch
+            .range(from..)
+            .map(|(_, snapshot)| snapshot.clone())
+            .collect()
     }
 
     /// The newest snapshot.
@@ -157,9 +164,15 @@ impl Snapshots {
 impl Snapshot {
     /// Forbids new users for good; fails, changing nothing, if a file or directory of the snapshot is open.
     pub(super) fn seal(&self) -> Result<()> {
-        match self.users.opens.compare_exchange(0, DELETED, Ordering::SeqCst, Ordering::SeqCst) {
+        match self
+            .users
+            .opens
+            .compare_exchange(0, DELETED, Ordering::SeqCst, Ordering::SeqCst)
+        {
             Ok(_) => Ok(()),
-            Err(_) => Err(Error::SnapshotBusy(String::from_utf8_lossy(&self.info.name).into())),
+            Err(_) => Err(Error::SnapshotBusy(
+                String::from_utf8_lossy(&self.info.name).into(),
+            )),
         }
     }
 
@@ -179,16 +192,26 @@ impl Engine {
     pub fn reading(&self, epoch: Epoch) -> Result<Reading> {
         let snapshot = self.snapshots.get(epoch).ok_or(Error::Stale)?;
         snapshot.users.readers.fetch_add(1, Ordering::SeqCst);
-        let reading = Reading { epoch, users: snapshot.users.clone() };
+        let reading = Reading {
+            epoch,
+            users: snapshot.users.clone(),
+        };
         // Counted first, asked second: a deletion that missed the count is seen here.
-        if reading.users.opens.load(Ordering::SeqCst) < 0 { Err(Error::Stale) } else { Ok(reading) }
+        if reading.users.opens.load(Ordering::SeqCst) < 0 {
+            Err(Error::Stale)
+        } else {
+            Ok(reading)
+        }
     }
 
     /// Begins the use of an open file or directory of snapshot `epoch`.
     pub(super) fn open_snapshot(&self, epoch: Epoch) -> Result<OpenSnapshot> {
         let users = self.snapshots.get(epoch).ok_or(Error::Stale)?.users.clone();
         let more = |opens: i64| (opens >= 0).then_some(opens + 1);
-        match users.opens.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
+        match users
+            .opens
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, more)
+        {
             Ok(_) => Ok(OpenSnapshot { epoch, users }),
             Err(_) => Err(Error::Stale),
         }

@@ -16,8 +16,16 @@ impl Engine {
     /// Writes `data` at `offset`: one operation of C1, wholly in a snapshot or wholly out.
     ///
     /// `kill_priv`: the caller lacks `CAP_FSETID`, so setuid, setgid and capabilities are cleared.
-    pub fn write(&self, file: &LiveFile, offset: u64, data: &[u8], kill_priv: bool) -> Result<usize> {
-        let end = offset.checked_add(data.len() as u64).ok_or(Error::Os(Errno::FBIG))?;
+    pub fn write(
+        &self,
+        file: &LiveFile,
+        offset: u64,
+        data: &[u8],
+        kill_priv: bool,
+    ) -> Result<usize> {
+        let end = offset
+            .checked_add(data.len() as u64)
+            .ok_or(Error::Os(Errno::FBIG))?;
         let fd = file.fd();
         let written = self.change_data(&file.object, fd, offset, end, || {
             let _killing = KillPriv::when(kill_priv);
@@ -31,7 +39,13 @@ impl Engine {
     }
 
     /// Sets the size of a file through a descriptor opened for writing.
-    pub fn truncate(&self, object: &Object, fd: BorrowedFd<'_>, size: u64, kill_priv: bool) -> Result<()> {
+    pub fn truncate(
+        &self,
+        object: &Object,
+        fd: BorrowedFd<'_>,
+        size: u64,
+        kill_priv: bool,
+    ) -> Result<()> {
         self.change_data(object, fd, size, u64::MAX, || {
             let _killing = KillPriv::when(kill_priv);
             self.backing.truncate(fd, size)
@@ -39,7 +53,14 @@ impl Engine {
     }
 
     /// fallocate(2), in every mode that the backing filesystem has.
-    pub fn fallocate(&self, file: &LiveFile, mode: i32, offset: u64, len: u64, kill_priv: bool) -> Result<()> {
+    pub fn fallocate(
+        &self,
+        file: &LiveFile,
+        mode: i32,
+        offset: u64,
+        len: u64,
+        kill_priv: bool,
+    ) -> Result<()> {
         let end = offset.checked_add(len).ok_or(Error::Os(Errno::FBIG))?;
         let shifts = mode & (libc::FALLOC_FL_COLLAPSE_RANGE | libc::FALLOC_FL_INSERT_RANGE) != 0;
         let clears = mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0;
@@ -68,7 +89,11 @@ impl Engine {
     ) -> Result<usize> {
         let mut buf = vec![0; len.min(COPY_LIMIT) as usize];
         let n = self.read(from, from_offset, &mut buf)?;
-        if n == 0 { Ok(0) } else { self.write(to, to_offset, &buf[..n], kill_priv) }
+        if n == 0 {
+            Ok(0)
+        } else {
+            self.write(to, to_offset, &buf[..n], kill_priv)
+        }
     }
 
     /// The one way to change bytes of a file: lock, enter the epoch, keep `start..end`, settle, `apply`.
