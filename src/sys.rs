@@ -87,6 +87,42 @@ pub fn open_by_handle(
     Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
 }
 
+/// Whether pages of an open file are dirty or being written back (cachestat(2)); true where the kernel cannot
+/// tell.
+pub fn has_unwritten_pages(fd: BorrowedFd<'_>) -> bool {
+    /// Number of the call on every architecture.
+    const SYS_CACHESTAT: libc::c_long = 451;
+    // Offset and length: all of the file. Answer: pages cached, dirty, in writeback, evicted, lately evicted.
+    let (range, mut stat) = ([0_u64; 2], [0_u64; 5]);
+    // SAFETY: `range` and `stat` have the layouts of struct cachestat_range and struct cachestat.
+    let done = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            fd.as_raw_fd(),
+            std::ptr::from_ref(&range),
+            std::ptr::from_mut(&mut stat),
+            0,
+        )
+    };
+    done < 0 || stat[1] > 0 || stat[2] > 0
+}
+
+/// Writes back all dirty pages of an open file and waits for them, without the inode's lock
+/// (sync_file_range(2)).
+///
+/// # Errors
+/// Those of the call; `EIO` if a page could not be written.
+pub fn start_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: takes integers only.
+    if unsafe { libc::sync_file_range(fd.as_raw_fd(), 0, 0, flags) } < 0 {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
 /// Gives the calling thread a umask and working directory of its own (unshare(2), `CLONE_FS`).
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::dir::{LiveDir, MemberDir};
-use super::object::{Member, Node, ObjectRef};
+use super::object::{Member, Node, NodeId, ObjectRef};
 use super::view::OpenSnapshot;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU64, Ordering, RwLock};
@@ -18,6 +18,8 @@ pub struct LiveFile {
     pub(super) fd: OwnedFd,
     /// Whether `fd` can be written to.
     pub(super) writable: bool,
+    /// Whether the caller can map it shared and writable.
+    mappable: bool,
     /// Opened with `O_SYNC` (false) or `O_DSYNC` (true): each write is synced before it returns.
     pub(super) sync_each_write: Option<bool>,
 }
@@ -138,6 +140,25 @@ impl Engine {
         self.handles.len()
     }
 
+    /// The nodes of files that may be mapped shared and writable: those open for reading and writing (mmap(2),
+    /// `EACCES`). A mapping keeps its file open.
+    pub(super) fn shared_writable(&self) -> Vec<NodeId> {
+        let mut nodes = Vec::new();
+        for shard in &self.handles.files {
+            for file in shard.read().values() {
+                match &**file {
+                    OpenFile::Live(live) if live.mappable => {
+                        nodes.push(self.nodes.live_id(live.object.ino()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes
+    }
+
     /// Opens a regular file. `flags` are those of open(2); those that the kernel has dealt with already
     /// (creation, truncation, appending, direct I/O) do not reach the backing filesystem.
     pub fn open_file(&self, node: &Node, flags: i32) -> Result<OpenFile> {
@@ -183,5 +204,18 @@ pub(super) fn sync_mode(flags: i32) -> Option<bool> {
         libc::O_SYNC => Some(false),
         libc::O_DSYNC => Some(true),
         _ => None,
+    }
+}
+
+impl LiveFile {
+    /// A file opened on the backing filesystem for a caller that asked for `flags`.
+    pub(super) fn new(object: ObjectRef, fd: OwnedFd, flags: i32) -> Self {
+        Self {
+            object,
+            fd,
+            writable: access(flags) == OFlags::RDWR,
+            mappable: flags & libc::O_ACCMODE == libc::O_RDWR,
+            sync_each_write: sync_mode(flags),
+        }
     }
 }

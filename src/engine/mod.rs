@@ -48,8 +48,9 @@ pub struct EngineOptions {
     pub tuning: StoreOptions,
 }
 
-/// Gets what processes have written through shared mappings from the kernel to the engine, before a cut.
-pub type Flusher = Box<dyn Fn() -> Result<()> + Send + Sync>;
+/// Gets what processes have written through shared mappings of the given nodes from the kernel to the engine,
+/// before a cut.
+pub type Flusher = Box<dyn Fn(&[NodeId]) -> Result<()> + Send + Sync>;
 
 /// A mounted tree: live operations, snapshots, and the store behind them.
 ///

@@ -7,7 +7,7 @@ use super::Engine;
 use super::attr::Attr;
 use super::backing::{Found, HIDDEN};
 use super::creds::{ActingAs, Caller};
-use super::handle::{LiveFile, access, sync_mode};
+use super::handle::{LiveFile, access};
 use super::keep::Op;
 use super::object::{Member, Node, Object, ObjectRef};
 use crate::error::{Error, Result};
@@ -173,8 +173,10 @@ impl Engine {
 
     /// Gives an object another name; the kernel is told of it.
     pub fn link(&self, node: &Node, parent: &Node, name: &[u8]) -> Result<Attr> {
-        let (Node::Live(object), Node::Live(_)) = (node, parent) else {
-            return Err(Errno::XDEV.into());
+        let object = match (node, parent) {
+            (Node::Live(object), Node::Live(_)) => object,
+            (Node::Live(_), _) | (_, Node::Live(_)) => return Err(Errno::XDEV.into()),
+            _ => return Err(Error::ReadOnly),
         };
         let dir = self.writable_dir(parent, name)?;
         let dir_fd = self.backing.path_fd(&dir.entry)?;
@@ -435,17 +437,5 @@ fn check_replaces(moved: &Object, target: &Object) -> Result<()> {
         (true, false) => Err(Errno::NOTDIR.into()),
         (false, true) => Err(Errno::ISDIR.into()),
         _ => Ok(()),
-    }
-}
-
-impl LiveFile {
-    pub(super) fn new(object: ObjectRef, fd: rustix::fd::OwnedFd, flags: i32) -> Self {
-        let writable = access(flags) == OFlags::RDWR;
-        Self {
-            object,
-            fd,
-            writable,
-            sync_each_write: sync_mode(flags),
-        }
     }
 }

@@ -74,7 +74,7 @@ impl Engine {
         }
         let flush_start = Instant::now();
         if let Some(flusher) = self.flusher.read().as_ref() {
-            flusher()?;
+            flusher(&self.shared_writable())?;
         }
         let flush = flush_start.elapsed();
         self.upkeep.take_longest_wait();

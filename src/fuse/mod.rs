@@ -47,7 +47,12 @@ struct Adapter {
     blocking: Pool,
     /// Cuts and deletions of snapshots, one after the other, so that waiting for one holds up nothing else.
     cuts: Pool,
+    /// The process that flushes shared mappings: its opens and syncs concern the kernel's pages alone.
+    helper_pid: u32,
 }
+
+/// The handle that the flush helper gets: it stands for no open file.
+const HELPER_HANDLE: FileHandle = FileHandle(0);
 
 /// Replies with what `$ok` makes of the value of `$result`, or with its errno.
 macro_rules! answer {
@@ -60,7 +65,7 @@ macro_rules! answer {
 }
 
 impl Adapter {
-    fn new(engine: Arc<Engine>, config: MountConfig) -> Result<Self> {
+    fn new(engine: Arc<Engine>, config: MountConfig, helper_pid: u32) -> Result<Self> {
         let (blocking, cuts) = (
             Pool::new("blocking", BLOCKING_THREADS)?,
             Pool::new("cut", 1)?,
@@ -70,6 +75,7 @@ impl Adapter {
             config,
             blocking,
             cuts,
+            helper_pid,
         })
     }
 
@@ -142,6 +148,9 @@ impl Adapter {
     }
 
     fn fsync_file(&self, fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        if fh == HELPER_HANDLE {
+            return reply.ok();
+        }
         let engine = self.engine.clone();
         let file = self.live_file(fh);
         self.blocking.run(move || {
@@ -407,7 +416,10 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if req.pid() == self.helper_pid {
+            return reply.opened(HELPER_HANDLE, FopenFlags::FOPEN_KEEP_CACHE);
+        }
         let opened = self
             .node(ino)
             .and_then(|node| self.engine.open_file(&node, flags.0));

@@ -59,7 +59,8 @@ fn run(
 ) -> Result<()> {
     let failed = |e: std::io::Error| Error::io("the FUSE session failed", &config.mountpoint, &e);
     let helper = FlushHelper::start(&config.mountpoint)?;
-    engine.set_flusher(Box::new(move || helper.flush()));
+    let helper_pid = helper.pid();
+    engine.set_flusher(Box::new(move |nodes| helper.flush(nodes)));
     let mut options = Config::default();
     options.n_threads = Some(REQUEST_THREADS);
     options.acl = if config.allow_other {
@@ -67,7 +68,7 @@ fn run(
     } else {
         SessionACL::Owner
     };
-    let adapter = Adapter::new(engine, config.clone())?;
+    let adapter = Adapter::new(engine, config.clone(), helper_pid)?;
     let session = Session::from_fd(adapter, device, options.acl, options).map_err(failed)?;
     let stop = signals.handle();
     std::thread::scope(|scope| {
