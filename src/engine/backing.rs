@@ -17,8 +17,10 @@ use rustix::fs::{
     Statx, StatxFlags, XattrFlags,
 };
 use rustix::io::Errno;
+use rustix::io::{ReadWriteFlags, preadv2};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::ffi::CStr;
+use std::io::IoSliceMut;
 use std::path::{Path, PathBuf};
 
 /// Name of the hidden directory in the root of the backing directory.
@@ -325,6 +327,30 @@ impl Backing {
             }
         }
         Ok(done)
+    }
+
+    /// As [`Self::read`], but `None` where that might have to wait for a disk (`RWF_NOWAIT` of preadv2(2)).
+    pub fn read_cached(
+        &self,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<Option<usize>> {
+        let mut done = 0;
+        while done < buf.len() {
+            let mut rest = [IoSliceMut::new(&mut buf[done..])];
+            match preadv2(fd, &mut rest, offset + done as u64, ReadWriteFlags::NOWAIT) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(Errno::AGAIN) => return Ok(None),
+                // Not every filesystem can tell; one that cannot is read as it is.
+                Err(Errno::OPNOTSUPP | Errno::INTR) => {
+                    return self.read(fd, offset, buf).map(Some);
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(Some(done))
     }
 
     /// The next data (`hole` false) or hole (true) at or after `offset`; `None` at the end of the file.

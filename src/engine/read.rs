@@ -21,6 +21,35 @@ impl Engine {
         }
     }
 
+    /// As [`Self::read`], but `None` where that might have to wait for a disk.
+    pub fn read_cached(
+        &self,
+        file: &OpenFile,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<Option<usize>> {
+        let at = match file {
+            OpenFile::Live(live) => return self.backing.read_cached(live.fd(), offset, buf),
+            OpenFile::At(at) => at,
+        };
+        let (k, fd) = (at.snapshot.epoch, at.fd.as_fd());
+        let size = self.member_stat(k, &at.member, Some(fd))?.size;
+        let len = size.saturating_sub(offset).min(buf.len() as u64) as usize;
+        if len == 0 {
+            return Ok(Some(0));
+        }
+        let Some(n) = self.backing.read_cached(fd, offset, &mut buf[..len])? else {
+            return Ok(None);
+        };
+        buf[n..len].fill(0);
+        // Any pre-image: the long way.
+        let (first, last) = (offset / CHUNK, (offset + len as u64 - 1) / CHUNK);
+        let kept = self
+            .store
+            .next_extent_chunk(at.member.entry.ino, k, first)?;
+        Ok(kept.is_none_or(|chunk| chunk > last).then_some(len))
+    }
+
     fn read_member(&self, file: &MemberFile, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let (k, ino) = (file.snapshot.epoch, file.member.entry.ino);
         let size = self

@@ -440,11 +440,23 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         let mut buf = vec![0; size as usize];
-        let read = self
-            .engine
-            .file(fh.0)
-            .and_then(|file| self.engine.read(&file, offset, &mut buf));
-        answer!(reply, read, n => reply.data(&buf[..n]));
+        let file = match self.engine.file(fh.0) {
+            Ok(file) => file,
+            Err(error) => return reply.error(errno(&error)),
+        };
+        match self.engine.read_cached(&file, offset, &mut buf) {
+            Ok(Some(n)) => reply.data(&buf[..n]),
+            Err(error) => reply.error(errno(&error)),
+            // Waiting for a disk is not for a request thread.
+            Ok(None) => {
+                let engine = self.engine.clone();
+                self.blocking.run(move || {
+                    let read = engine.read(&file, offset, &mut buf);
+                    drop(file);
+                    answer!(reply, read, n => reply.data(&buf[..n]));
+                });
+            }
+        }
     }
 
     fn write(
