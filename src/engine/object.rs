@@ -175,7 +175,7 @@ impl Object {
     }
 
     /// Lets the object cross into `epoch` ahead of the others. The caller holds the object's lock.
-    pub fn cross(&self, epoch: Epoch) {
+    pub(super) fn cross(&self, epoch: Epoch) {
         self.crossed.fetch_max(epoch.0, Ordering::SeqCst);
     }
 }

@@ -66,6 +66,18 @@ impl Engine {
     /// # Errors
     /// [`Error::SnapshotName`], [`Error::SnapshotExists`]; a failure of the journal.
     pub fn snapshot(&self, name: &[u8]) -> Result<Epoch> {
+        self.snapshot_crossing(name, &[], || ())
+    }
+
+    /// As [`Self::snapshot`], but the objects `early` cross into the new epoch before the others, and
+    /// `meanwhile` runs before those do: what it does to an object of `early` is not in the snapshot, what it
+    /// does to another is. An operation on objects of both kinds is the caller's to prevent.
+    pub fn snapshot_crossing(
+        &self,
+        name: &[u8],
+        early: &[&Object],
+        meanwhile: impl FnOnce(),
+    ) -> Result<Epoch> {
         check_name(name)?;
         let start = Instant::now();
         let mut cut = self.cut.lock();
@@ -79,7 +91,7 @@ impl Engine {
         let flush = flush_start.elapsed();
         self.upkeep.take_longest_wait();
         self.cutting.store(true, Ordering::SeqCst);
-        let done = self.advance(name);
+        let done = self.advance(name, early, meanwhile);
         self.cutting.store(false, Ordering::SeqCst);
         let (epoch, quiesce) = done?;
         cut.last = Some(CutReport {
@@ -93,9 +105,19 @@ impl Engine {
     }
 
     /// The cut itself: one atomic step of the epoch, with the guard of the new snapshot in place before it.
-    fn advance(&self, name: &[u8]) -> Result<(Epoch, Duration)> {
+    fn advance(
+        &self,
+        name: &[u8],
+        early: &[&Object],
+        meanwhile: impl FnOnce(),
+    ) -> Result<(Epoch, Duration)> {
         let next = self.epochs.current().next();
         self.refresh_guards(Some(next));
+        for object in early {
+            let _held = object.lock();
+            object.cross(next);
+        }
+        meanwhile();
         let created = now();
         let old = self.epochs.advance();
         let start = Instant::now();
@@ -121,20 +143,24 @@ impl Engine {
         recorded.map(|()| (next, quiesce))
     }
 
-    /// Lets `object` cross into the coming epoch before the others: operations on it that begin from now on
-    /// belong to the next snapshot's future. Only between a decision to cut and the cut itself.
-    pub fn cross(&self, object: &Object) {
-        let _held = object.lock();
-        let next = self.epochs.current().next();
-        self.refresh_guards(Some(next));
-        object.cross(next);
-    }
-
     /// Deletes a snapshot; its space is freed in the background.
     ///
     /// # Errors
-    /// [`Error::SnapshotBusy`] while a file or directory of it is open.
-    pub fn delete_snapshot(&self, name: &[u8]) -> Result<()> {
+    /// [`Error::SnapshotBusy`] if a file or directory of it is still open after `patience`.
+    pub fn delete_snapshot(&self, name: &[u8], patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.try_delete_snapshot(name) {
+                // No lock is held while this waits.
+                Err(Error::SnapshotBusy(_)) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn try_delete_snapshot(&self, name: &[u8]) -> Result<()> {
         let _cut = self.cut.lock();
         let snapshot = self
             .snapshots

@@ -40,12 +40,16 @@ const MAX_WRITE: u32 = 1 << 20;
 /// Threads for requests that may block.
 const BLOCKING_THREADS: usize = 8;
 
+/// How long the deletion of a snapshot waits for its files to be closed: the kernel tells of a close(2) only
+/// after it has returned.
+const DELETE_PATIENCE: Duration = Duration::from_secs(2);
+
 /// What fuser drives.
 struct Adapter {
     engine: Arc<Engine>,
     config: MountConfig,
     blocking: Pool,
-    /// Cuts and deletions of snapshots, one after the other, so that waiting for one holds up nothing else.
+    /// Cuts, one after the other, so that those that wait for one hold up nothing else.
     cuts: Pool,
     /// The process that flushes shared mappings: its opens and syncs concern the kernel's pages alone.
     helper_pid: u32,
@@ -139,8 +143,8 @@ impl Adapter {
         };
         let (engine, name) = (self.engine.clone(), name.as_bytes().to_vec());
         match parent {
-            Node::Folder(_) if directory => self.cuts.run(move || {
-                answer!(reply, engine.delete_snapshot(&name), () => reply.ok());
+            Node::Folder(_) if directory => self.blocking.run(move || {
+                answer!(reply, engine.delete_snapshot(&name, DELETE_PATIENCE), () => reply.ok());
             }),
             Node::Folder(_) => reply.error(Errno::EISDIR),
             parent => answer!(reply, engine.remove(&parent, &name, directory), () => reply.ok()),
