@@ -1,4 +1,5 @@
 //! cowfs: exact, stall-free snapshots of any directory.
 pub mod error;
 pub mod ids;
+pub mod store;
 pub mod sync;

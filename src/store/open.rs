@@ -1,0 +1,464 @@
+//! Opening: the directory, the index if it can be trusted, and what the journal has beyond it.
+
+use super::index::{Index, MemoryIndex, SledIndex};
+use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
+use super::key::{self, IndexState, segment_of};
+use super::layers::Layers;
+use super::media::{FileMedia, Media, MediaFile, name_of};
+use super::reclaim::Upkeep;
+use super::record::{Record, SEAL_LEN, Table};
+use super::replay::{SegmentLog, read_segment};
+use super::snapshots::Snapshots;
+use super::types::StoreOptions;
+use super::{Store, checkpoint};
+use crate::error::{Error, Result};
+use crate::ids::{BLOCK, Epoch, Lsn};
+use crate::sync::{Arc, Mutex, RwLock};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+const FORMAT: &str = "cowfs-store 1";
+/// An index that takes less than this on disk is read whole at every open, a larger one only if the store
+/// was not closed in order.
+const ALWAYS_CHECKED: u64 = 32 << 20;
+/// Memory for replayed records before they go to the index.
+const REPLAY_BYTES: usize = 32 << 20;
+
+impl StoreOptions {
+    fn check(&self) -> Result<()> {
+        let area = self.log_area;
+        if area % BLOCK as u64 != 0 || !(16 << 10..=1 << 30).contains(&area) {
+            return Err(Error::Usage(format!("log area of {area} bytes: 16 KiB to 1 GiB, in whole blocks")));
+        }
+        if !(area + BLOCK as u64..=1 << 40).contains(&self.segment_size) {
+            let size = self.segment_size;
+            return Err(Error::Usage(format!(
+                "segment size of {size} bytes: more than the log area, at most 1 TiB"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Store {
+    /// Makes the store at `dir` (mode 0700) if there is none; else opens it and recovers what a crash left.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if `dir` belongs to somebody else, is open to others, is in use, or is of another
+    /// format; [`Error::Usage`] for options out of range; [`Error::Path`] if a file cannot be used. Damage
+    /// in the journal is no error: see [`Store::damage`].
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<Self> {
+        make_dir(dir)?;
+        let media = FileMedia::open(&dir.join("journal"))?;
+        Self::open_with(dir, options, Arc::new(media))
+    }
+
+    /// As [`Store::open`], with the journal on a medium of the caller's.
+    ///
+    /// # Errors
+    /// As [`Store::open`], and those of the medium.
+    pub fn open_with(dir: &Path, options: StoreOptions, media: Arc<dyn Media>) -> Result<Self> {
+        options.check()?;
+        make_dir(dir)?;
+        let mut numbers = media.list()?;
+        numbers.sort_unstable();
+        let (lock, uuid) = identify(dir, !numbers.is_empty())?;
+        let mut found = find_index(dir, &options, uuid)?;
+        let mut recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, found.state)?;
+        if let Some(why) = recovery.contradiction.take() {
+            log::warn!("{}: {why}; it is being rebuilt from the journal", dir.display());
+            drop(found);
+            found = fresh_index(dir, &options)?;
+            let damage = std::mem::take(&mut recovery.damage);
+            recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, None)?;
+            recovery.damage.extend(damage.into_iter().filter(|d| d.contains("ends before")));
+        }
+        recovery.finish(Parts { dir, options, media, uuid, lock, found })
+    }
+}
+
+fn make_dir(dir: &Path) -> Result<()> {
+    match rustix::fs::mkdir(dir, Mode::RWXU) {
+        Ok(()) => {
+            // The new directory is found after a power cut only if its parent is synced.
+            let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            sync_dir(parent)
+        }
+        Err(Errno::EXIST) => Ok(()),
+        Err(errno) => Err(Error::path("cannot create", dir, errno)),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(dir, flags, Mode::empty())
+        .and_then(|fd| rustix::fs::fsync(&fd))
+        .map_err(|errno| Error::path("cannot sync", dir, errno))
+}
+
+fn refuse(path: &Path, why: impl Into<String>) -> Error {
+    Error::Store { path: path.to_path_buf(), why: why.into() }
+}
+
+/// Reads the store's format file, or writes one for a new store. Returns the uuid, and the file, locked
+/// against a second process.
+fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)> {
+    let stat = rustix::fs::lstat(dir).map_err(|errno| Error::path("cannot stat", dir, errno))?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(refuse(dir, "the store belongs to another user; run cowfs as that user"));
+    }
+    if stat.st_mode & 0o077 != 0 {
+        return Err(refuse(
+            dir,
+            "the store is open to other users; make sure that it is yours, then `chmod 700`",
+        ));
+    }
+    let path = dir.join("format");
+    if !path.exists() {
+        if has_journal {
+            return Err(refuse(
+                &path,
+                "missing, though there is a journal; restore it from a backup of the store",
+            ));
+        }
+        create_format(dir, &path)?;
+    }
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::open(&path, flags, Mode::empty())
+        .map_err(|errno| Error::path("cannot open", &path, errno))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(refuse(dir, "the store is in use; unmount it first")),
+        Err(errno) => return Err(Error::path("cannot lock", &path, errno)),
+    }
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
+    Ok((file, parse_format(&path, &text)?))
+}
+
+fn parse_format(path: &Path, text: &str) -> Result<u128> {
+    let mut lines = text.lines();
+    match lines.next() {
+        Some(FORMAT) => {}
+        Some(other) if other.starts_with("cowfs-store ") => {
+            let why =
+                format!("is \"{other}\", this release knows \"{FORMAT}\"; use the release that made it");
+            return Err(refuse(path, why));
+        }
+        _ => return Err(refuse(path, format!("not the format file of a store (\"{FORMAT}\" expected)"))),
+    }
+    let uuid = lines.next().and_then(|line| line.strip_prefix("uuid "));
+    let uuid = uuid.filter(|hex| hex.len() == 32).and_then(|hex| u128::from_str_radix(hex, 16).ok());
+    uuid.ok_or_else(|| refuse(path, "its second line is no uuid; restore it from a backup of the store"))
+}
+
+fn create_format(dir: &Path, path: &Path) -> Result<()> {
+    use std::io::{Read, Write};
+    let mut uuid = [0; 16];
+    let random = Path::new("/dev/urandom");
+    std::fs::File::open(random)
+        .and_then(|mut file| file.read_exact(&mut uuid))
+        .map_err(|error| Error::io("cannot read", random, &error))?;
+    let text = format!("{FORMAT}\nuuid {:032x}\n", u128::from_le_bytes(uuid));
+    let new = dir.join("format.new");
+    std::fs::File::create(&new)
+        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+        .and_then(|()| std::fs::rename(&new, path))
+        .map_err(|error| Error::io("cannot write", path, &error))?;
+    sync_dir(dir)
+}
+
+/// An index and what it says of itself; no state: it is empty, replay the whole journal.
+struct Found {
+    index: Box<dyn Index>,
+    state: Option<IndexState>,
+}
+
+fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
+    if options.in_memory_index {
+        return Ok(Found { index: Box::new(MemoryIndex::default()), state: None });
+    }
+    let path = dir.join("index");
+    if !path.exists() {
+        return fresh_index(dir, options);
+    }
+    match trusted_index(&path, uuid) {
+        Ok((index, state)) => Ok(Found { index: Box::new(index), state: Some(state) }),
+        Err(error) => {
+            log::warn!("{}: {error}; it is being rebuilt from the journal", path.display());
+            fresh_index(dir, options)
+        }
+    }
+}
+
+/// Opens the index; fails if there is any reason to doubt it.
+fn trusted_index(path: &Path, uuid: u128) -> Result<(SledIndex, IndexState)> {
+    if SledIndex::is_condemned(path) {
+        return Err(Error::Corrupt("the index could not be read lately".into()));
+    }
+    let index = SledIndex::open(path)?;
+    let Some(state) = index.get(key::STATE)? else {
+        return Err(Error::Corrupt("the index was never finished".into()));
+    };
+    let state = IndexState::parse(&state)?;
+    if state.uuid != uuid {
+        return Err(Error::Corrupt("the index belongs to another store".into()));
+    }
+    if !state.clean || index.allocated() < ALWAYS_CHECKED {
+        index.scan(&[], &[u8::MAX], &mut |key, value| key::check(key, value).map(|()| true))?;
+    }
+    Ok((index, state))
+}
+
+/// An empty index in place of whatever there is.
+fn fresh_index(dir: &Path, options: &StoreOptions) -> Result<Found> {
+    if options.in_memory_index {
+        return Ok(Found { index: Box::new(MemoryIndex::default()), state: None });
+    }
+    let path = dir.join("index");
+    match std::fs::remove_dir_all(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("cannot remove", &path, &error));
+        }
+        _ => {}
+    }
+    SledIndex::pardon(&path);
+    Ok(Found { index: Box::new(SledIndex::open(&path)?), state: None })
+}
+
+/// What the journal says.
+struct Recovery {
+    state: Option<IndexState>,
+    /// Segments that the index does not have wholly.
+    logs: Vec<(u32, Arc<dyn MediaFile>, SegmentLog)>,
+    /// Segments that it has.
+    older: Vec<u32>,
+    /// The end of the journal.
+    end: Lsn,
+    highest: u32,
+    damage: Vec<String>,
+    /// Why the index cannot belong to this journal.
+    contradiction: Option<String>,
+}
+
+/// What a store is made of, besides what the journal says.
+struct Parts<'a> {
+    dir: &'a Path,
+    options: StoreOptions,
+    media: Arc<dyn Media>,
+    uuid: u128,
+    lock: OwnedFd,
+    found: Found,
+}
+
+impl Recovery {
+    /// Reads all segments that the index, if it has a `state`, does not have wholly.
+    fn read(
+        media: &dyn Media,
+        uuid: u128,
+        options: &StoreOptions,
+        numbers: &[u32],
+        state: Option<IndexState>,
+    ) -> Result<Self> {
+        let checkpoint = state.map_or(Lsn(0), |state| state.checkpoint);
+        let (first, offset) = split(checkpoint);
+        let mut out = Self {
+            state,
+            logs: Vec::new(),
+            older: Vec::new(),
+            end: checkpoint,
+            highest: numbers.last().copied().unwrap_or(0).max(first),
+            damage: Vec::new(),
+            contradiction: None,
+        };
+        for number in numbers.iter().copied() {
+            if number < first {
+                out.older.push(number);
+                continue;
+            }
+            let Some(file) = media.open(number)? else { continue };
+            let durable = if number == first { offset } else { 0 };
+            let log = read_segment(file.as_ref(), number, uuid, durable, options.log_area)?;
+            if number == first && log.end < offset {
+                out.damage.push(format!("{}: ends before what the index has of it", name_of(number)));
+                out.contradiction = Some("the index is ahead of the journal".into());
+            }
+            if !log.records.is_empty() {
+                out.end = out.end.max(lsn_at(number, log.end));
+            }
+            out.damage.extend(log.damage.iter().cloned());
+            out.logs.push((number, file, log));
+        }
+        if first > 0 && !out.logs.iter().any(|(number, _, _)| *number == first) {
+            out.contradiction = Some("the index is ahead of the journal".into());
+        }
+        Ok(out)
+    }
+
+    fn finish(mut self, parts: Parts<'_>) -> Result<Store> {
+        let Parts { dir, options, media, uuid, lock, found } = parts;
+        self.close_segments(media.as_ref(), uuid)?;
+        let (mut table, mut home, highest) = self.newest_table(found.index.as_ref())?;
+        if table.epoch < highest {
+            // A cut was under way. Its number is spent: records bear it already.
+            (table.epoch, table.version, home) = (highest, table.version + 1, None);
+        }
+        let preface = Record::Table(table.clone());
+        let next = self.highest + 1;
+        let journal = Journal::new(media, uuid, options, self.end, next, preface);
+        let rebuilt = self.state.is_none() && !self.logs.is_empty();
+        let sweep = self.state.map_or(rebuilt, |state| state.sweep);
+        let store = Store {
+            dir: dir.to_path_buf(),
+            uuid,
+            upkeep: Mutex::new(Upkeep::new(sweep)),
+            moving: RwLock::new(()),
+            snapshots: Snapshots::new(table, home),
+            journal,
+            layers: Layers::new(found.index),
+            damage: Mutex::new(Vec::new()),
+            _lock: lock,
+        };
+        self.count(&store)?;
+        self.redo(&store)?;
+        self.damage.iter().for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
+        *store.damage.lock() = self.damage;
+        // From here on the index is not marked as closed in order, and a rebuilt one is finished.
+        store.checkpoint_in(&mut store.upkeep.lock(), false)?;
+        Ok(store)
+    }
+
+    /// Ends the segments that a crash left open: nothing is ever appended to them again, lest stale bytes
+    /// beyond their end be taken for records.
+    fn close_segments(&mut self, media: &dyn Media, uuid: u128) -> Result<()> {
+        let mut blank = Vec::new();
+        for (number, file, log) in &mut self.logs {
+            if log.records.is_empty() {
+                if log.blank {
+                    // Made, but its header never reached the disk: so nothing durable was in it.
+                    media.remove(*number)?;
+                    blank.push(*number);
+                } else {
+                    self.damage.push(format!(
+                        "{}: not a segment of this store, or wholly damaged",
+                        name_of(*number)
+                    ));
+                }
+                continue;
+            }
+            if log.sealed.is_none() && u64::from(log.end + SEAL_LEN) <= log.log_area {
+                let used = u64::from(log.end + SEAL_LEN) + file.size()?.saturating_sub(log.log_area);
+                write_seal(file.as_ref(), uuid, lsn_at(*number, log.end), used)?;
+                log.sealed = Some(used);
+            }
+            // A process that was killed may have left it in the page cache only.
+            file.sync()?;
+        }
+        if !self.logs.is_empty() {
+            media.sync_names()?;
+        }
+        self.logs.retain(|(number, _, _)| !blank.contains(number));
+        Ok(())
+    }
+
+    /// The snapshot table, the segment that has it, and the highest epoch of any record.
+    fn newest_table(&self, index: &dyn Index) -> Result<(Table, Option<u32>, Epoch)> {
+        let mut highest = self.state.map_or(Epoch(0), |state| state.highest_epoch);
+        let (mut home, mut table) = match index.get(key::TABLE)? {
+            Some(value) => {
+                let (home, table) = key::parse_table(&value)?;
+                (Some(home).filter(|home| self.older.contains(home)), table)
+            }
+            None => (None, Table::default()),
+        };
+        highest = highest.max(table.epoch);
+        for (lsn, record) in self.logs.iter().flat_map(|(_, _, log)| &log.records) {
+            highest = highest.max(record.highest_epoch());
+            if let Record::Table(found) = record
+                && found.version >= table.version
+            {
+                (home, table) = (Some(segment_of(*lsn)), found.clone());
+            }
+        }
+        Ok((table, home, highest))
+    }
+
+    /// Finds out what each segment holds: from the index's notes, or, if it was not closed in order, by
+    /// counting.
+    fn count(&self, store: &Store) -> Result<()> {
+        let clean = self.state.is_some_and(|state| state.clean);
+        let (from, to) = key::usages();
+        let mut noted = std::collections::BTreeMap::new();
+        store.layers.index.scan(&from, &to, &mut |key, value| {
+            let (number, usage) = key::parse_usage(key, value)?;
+            noted.insert(number, usage);
+            Ok(true)
+        })?;
+        let mut known = store.journal.known.lock();
+        for number in self.older.iter().chain(self.logs.iter().map(|(number, _, _)| number)) {
+            let mut usage = noted.get(number).copied().unwrap_or_default();
+            if !clean {
+                (usage.live, usage.payload, usage.records) = (0, 0, 0);
+            }
+            let noted = noted.contains_key(number) && usage.used > 0;
+            known.insert(*number, Known { usage, closed: true, noted, damaged: false });
+        }
+        for (number, _, log) in &self.logs {
+            let known = known.entry(*number).or_default();
+            known.noted &= log.sealed == Some(known.usage.used);
+            known.usage.used = log.sealed.unwrap_or(log.log_area);
+            known.damaged = log.records.is_empty();
+        }
+        drop(known);
+        if !clean {
+            store.layers.index.scan(&[], &[u8::MAX], &mut |key, value| {
+                store.journal.count(key, value);
+                Ok(true)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Puts what the index does not have into it.
+    fn redo(&mut self, store: &Store) -> Result<()> {
+        let checkpoint = self.state.map_or(Lsn(0), |state| state.checkpoint);
+        for (number, _, log) in std::mem::take(&mut self.logs) {
+            for (lsn, record) in log.records {
+                if number > segment_of(checkpoint) || offset_of(lsn) >= offset_of(checkpoint) {
+                    redo_record(store, &record, lsn)?;
+                }
+            }
+            if store.layers.bytes() > REPLAY_BYTES {
+                flush(store)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn redo_record(store: &Store, record: &Record, lsn: Lsn) -> Result<()> {
+    let pairs = key::pairs_of(record, lsn);
+    for (key, value) in &pairs {
+        // The index may have it already; births and retained files are settled when they are carried.
+        if matches!(key.first(), Some(b'a' | b'd' | b'e'))
+            && let Some(old) = store.layers.index.get(key)?
+        {
+            store.journal.uncount(key, &old);
+        }
+        store.journal.count(key, value);
+    }
+    let replaced = store.layers.put(pairs);
+    replaced.iter().for_each(|(key, value)| store.journal.uncount(key, value));
+    Ok(())
+}
+
+/// Empties the memory of a long replay. The index does not count as having it before a checkpoint says so.
+fn flush(store: &Store) -> Result<()> {
+    store.layers.freeze(Lsn(0));
+    if let Some(frozen) = store.layers.frozen() {
+        checkpoint::carry(store.layers.index.as_ref(), &store.journal, frozen.map.iter())?;
+    }
+    store.layers.thaw();
+    Ok(())
+}
