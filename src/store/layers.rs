@@ -4,7 +4,7 @@
 //! into the index, and drops it. Readers take the maps under one guard and look at the index after that:
 //! what a checkpoint has dropped by then is in the index already.
 
-use super::index::{Change, Index};
+use super::index::{Change, Index, Visit};
 use super::key::Pair;
 use crate::error::Result;
 use crate::ids::Lsn;
@@ -130,12 +130,7 @@ impl Layers {
     }
 
     /// Shows the pairs of `from..to` in order until `visit` says no. No lock is held while it runs.
-    pub(super) fn scan(
-        &self,
-        from: &[u8],
-        to: &[u8],
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>,
-    ) -> Result<()> {
+    pub(super) fn scan(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<()> {
         let mut from = from.to_vec();
         loop {
             let page = self.page(&from, to, PAGE);
@@ -152,13 +147,7 @@ impl Layers {
         }
     }
 
-    fn merge(
-        &self,
-        from: &[u8],
-        to: &[u8],
-        page: Vec<Pair>,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>,
-    ) -> Result<bool> {
+    fn merge(&self, from: &[u8], to: &[u8], page: Vec<Pair>, visit: Visit<'_>) -> Result<bool> {
         let mut page = page.into_iter().peekable();
         let mut more = true;
         self.index.scan(from, to, &mut |key, value| {

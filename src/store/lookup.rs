@@ -130,7 +130,7 @@ impl Store {
     /// reaches beyond the extent.
     pub fn read_extent(&self, extent: &ExtentRef, skip_blocks: u16, buf: &mut [u8]) -> Result<()> {
         let (skip, blocks) = (usize::from(skip_blocks), buf.len() / BLOCK);
-        if buf.len() % BLOCK != 0 || skip + blocks > usize::from(extent.blocks) {
+        if !buf.len().is_multiple_of(BLOCK) || skip + blocks > usize::from(extent.blocks) {
             return Err(Error::Os(Errno::INVAL));
         }
         let Some(payload) = &extent.payload else {

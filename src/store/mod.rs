@@ -119,7 +119,7 @@ impl Store {
     /// bytes that are not whole blocks.
     pub fn keep_extent(&self, ino: Ino, label: Epoch, first_block: u64, data: ExtentData<'_>) -> Result<Lsn> {
         let (blocks, bytes) = match data {
-            ExtentData::Bytes(bytes) if bytes.len() % BLOCK == 0 => {
+            ExtentData::Bytes(bytes) if bytes.len().is_multiple_of(BLOCK) => {
                 (bytes.len() as u64 / BLOCK as u64, bytes)
             }
             ExtentData::Bytes(_) => return Err(Error::Os(Errno::INVAL)),

@@ -29,7 +29,7 @@ const REPLAY_BYTES: usize = 32 << 20;
 impl StoreOptions {
     fn check(&self) -> Result<()> {
         let area = self.log_area;
-        if area % BLOCK as u64 != 0 || !(16 << 10..=1 << 30).contains(&area) {
+        if !area.is_multiple_of(BLOCK as u64) || !(16 << 10..=1 << 30).contains(&area) {
             return Err(Error::Usage(format!("log area of {area} bytes: 16 KiB to 1 GiB, in whole blocks")));
         }
         if !(area + BLOCK as u64..=1 << 40).contains(&self.segment_size) {
