@@ -4,6 +4,8 @@
 //! every few operations each snapshot is read back through the store and compared. `COWFS_SEED=n` repeats
 //! the run that a failure names.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use cowfs::error::Result;
 use cowfs::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
 use cowfs::store::{

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::ids::Lsn;
 use crate::sync::{Arc, AtomicUsize, Ordering, RwLock};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 type Map = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -49,16 +50,18 @@ impl Layers {
         let mut replaced = Vec::new();
         let mut mem = self.mem.write();
         for (key, value) in pairs {
-            let (key_len, value_len) = (key.len(), value.len());
-            if value_len == 0 && mem.active.contains_key(&key) {
-                continue;
-            }
-            if let Some(old) = mem.active.insert(key.clone(), value) {
-                self.bytes.fetch_sub(old.len(), Ordering::Relaxed);
-                self.bytes.fetch_add(value_len, Ordering::Relaxed);
-                replaced.push((key, old));
-            } else {
-                self.bytes.fetch_add(key_len + value_len + OVERHEAD, Ordering::Relaxed);
+            match mem.active.entry(key) {
+                Entry::Vacant(place) => {
+                    let bytes = place.key().len() + value.len() + OVERHEAD;
+                    self.bytes.fetch_add(bytes, Ordering::Relaxed);
+                    place.insert(value);
+                }
+                Entry::Occupied(mut place) => {
+                    self.bytes.fetch_add(value.len(), Ordering::Relaxed);
+                    let old = place.insert(value);
+                    self.bytes.fetch_sub(old.len(), Ordering::Relaxed);
+                    replaced.push((place.key().clone(), old));
+                }
             }
         }
         replaced

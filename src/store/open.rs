@@ -68,12 +68,11 @@ impl Store {
         let mut found = find_index(dir, &options, uuid)?;
         let mut recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, found.state)?;
         if let Some(why) = recovery.contradiction.take() {
-            log::warn!("{}: {why}; it is being rebuilt from the journal", dir.display());
+            log::warn!("{}: {why}; the index is being rebuilt from the journal", dir.display());
             drop(found);
             found = fresh_index(dir, &options)?;
-            let damage = std::mem::take(&mut recovery.damage);
             recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, None)?;
-            recovery.damage.extend(damage.into_iter().filter(|d| d.contains("ends before")));
+            recovery.damage.push(why);
         }
         recovery.finish(Parts { dir, options, media, uuid, lock, found })
     }
@@ -281,8 +280,8 @@ impl Recovery {
             let durable = if number == first { offset } else { 0 };
             let log = read_segment(file.as_ref(), number, uuid, durable, options.log_area)?;
             if number == first && log.end < offset {
-                out.damage.push(format!("{}: ends before what the index has of it", name_of(number)));
-                out.contradiction = Some("the index is ahead of the journal".into());
+                out.contradiction =
+                    Some(format!("{}: ends before what the index has of it", name_of(number)));
             }
             if !log.records.is_empty() {
                 out.end = out.end.max(lsn_at(number, log.end));
@@ -291,7 +290,7 @@ impl Recovery {
             out.logs.push((number, file, log));
         }
         if first > 0 && !out.logs.iter().any(|(number, _, _)| *number == first) {
-            out.contradiction = Some("the index is ahead of the journal".into());
+            out.contradiction = Some(format!("{}: missing, though the index has some of it", name_of(first)));
         }
         Ok(out)
     }
@@ -321,6 +320,7 @@ impl Recovery {
             _lock: lock,
         };
         self.count(&store)?;
+        self.note_missing(&store);
         self.redo(&store)?;
         self.damage.iter().for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
         *store.damage.lock() = self.damage;
@@ -396,6 +396,10 @@ impl Recovery {
             Ok(true)
         })?;
         let mut known = store.journal.known.lock();
+        if clean {
+            let live = noted.iter().filter(|(_, usage)| usage.records > 0);
+            known.extend(live.map(|(number, usage)| (*number, Known { usage: *usage, ..Known::default() })));
+        }
         for number in self.older.iter().chain(self.logs.iter().map(|(number, _, _)| number)) {
             let mut usage = noted.get(number).copied().unwrap_or_default();
             if !clean {
@@ -418,6 +422,18 @@ impl Recovery {
             })?;
         }
         Ok(())
+    }
+
+    /// Segments that the index refers to and that are not there.
+    fn note_missing(&mut self, store: &Store) {
+        let here = |number: &u32| {
+            self.older.contains(number) || self.logs.iter().any(|(other, _, _)| number == other)
+        };
+        let known = store.journal.known.lock();
+        let missing = known.keys().filter(|number| !here(number));
+        let missing: Vec<_> =
+            missing.map(|n| format!("{}: missing, with records in it", name_of(*n))).collect();
+        self.damage.extend(missing);
     }
 
     /// Puts what the index does not have into it.
