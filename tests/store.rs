@@ -335,6 +335,38 @@ fn segments_rotate_and_their_space_comes_back() {
 }
 
 #[test]
+fn a_long_walk_goes_in_steps_and_takes_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, options());
+    store.record_snapshot(&snapshot(1)).unwrap();
+    store.record_snapshot(&snapshot(2)).unwrap();
+    let name = |i: u64| format!("name{i}").into_bytes();
+    let names: Vec<_> = (0..3000).map(name).collect();
+    let entries: Vec<_> = names.iter().map(|name| (DIR, name.as_slice(), None)).collect();
+    store.keep_entries(Epoch(1), &entries[..1000]).unwrap();
+    store.keep_entries(Epoch(2), &entries).unwrap();
+    for i in 1000..2200 {
+        store.record_birth(Ino(i), Epoch(1)).unwrap();
+        store.record_retained(&retained(i, 1, 2)).unwrap();
+    }
+    // Every aspect that the walk looks at is to be found on its second page too.
+    store.keep_extent(Ino(5000), Epoch(2), 0, ExtentData::Bytes(&blocks(1, 4000))).unwrap();
+    store.record_birth(Ino(5000), Epoch(1)).unwrap();
+    store.delete_snapshot(Epoch(2)).unwrap();
+    let mut released = reclaim_all(&store);
+    released.sort_by_key(|retained| retained.ino);
+    assert_eq!(released, (1000..2200).map(|i| retained(i, 1, 2)).collect::<Vec<_>>());
+    // 1000 names of label 1, 2000 that have label 2 alone and so serve snapshot 1, and the births.
+    assert_eq!(store.stats().records, 3000 + 1201);
+    assert_eq!(store.stats().live_payload_bytes, 0);
+    assert_eq!(store.entries_at(DIR, Epoch(1)).unwrap().len(), 3000);
+    assert_eq!(store.retained_all().unwrap(), []);
+    store.delete_snapshot(Epoch(1)).unwrap();
+    reclaim_all(&store);
+    assert_eq!(store.stats().records, 0);
+}
+
+#[test]
 fn a_sparse_segment_is_compacted_while_readers_hold_it() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, tiny());

@@ -45,6 +45,8 @@ struct Test {
     store: Option<Store>,
     options: StoreOptions,
     dir: tempfile::TempDir,
+    /// Distinguishes the copies of the store.
+    copies: u32,
     live: World,
     epoch: Epoch,
     /// A cut whose snapshot is not recorded yet.
@@ -77,12 +79,13 @@ impl Test {
             let object = Object { generation: 0, birth: Epoch(0), attr: 5, data: [0; BLOCKS] };
             live.objects.insert(Ino(ino), object);
         }
-        let store = Store::open(&dir.path().join("store"), options.clone()).unwrap();
+        let store = Store::open(&dir.path().join("store0"), options.clone()).unwrap();
         Self {
             rng: SmallRng::seed_from_u64(seed),
             store: Some(store),
             options,
             dir,
+            copies: 0,
             live,
             epoch: Epoch(0),
             pending: None,
@@ -98,7 +101,7 @@ impl Test {
     }
 
     fn path(&self) -> std::path::PathBuf {
-        self.dir.path().join("store")
+        self.dir.path().join(format!("store{}", self.copies))
     }
 
     /// The newest cut that pre-images must be kept for.
@@ -273,11 +276,18 @@ impl Test {
     }
 
     fn reopen(&mut self, clean: bool, drop_index: bool) {
+        let old = self.path();
+        if !clean {
+            // What a process that is killed leaves behind is what is in its files now.
+            self.copies += 1;
+            copy_tree(&old, &self.path());
+        }
         let store = self.store.take().unwrap();
         if clean {
             store.close().unwrap();
         } else {
             drop(store);
+            std::fs::remove_dir_all(old).unwrap();
         }
         if drop_index {
             let _ = std::fs::remove_dir_all(self.path().join("index"));
@@ -302,8 +312,8 @@ impl Test {
             77..81 => self.delete(),
             81..91 => drop(self.reclaim(2)),
             91..96 => self.store().checkpoint().unwrap(),
-            96..98 => self.reopen(true, false),
-            98 => self.reopen(false, false),
+            96 => self.reopen(true, false),
+            97..99 => self.reopen(false, false),
             _ => self.reopen(false, true),
         }
     }
@@ -385,6 +395,20 @@ impl Test {
         assert_eq!((stats.live_payload_bytes, stats.records), (0, 0), "{stats:?}");
         assert!(stats.journal_bytes < 200 << 10, "{stats:?}");
         assert!(journal_files(&self.path()) <= 2, "{stats:?}");
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    std::fs::set_permissions(to, std::fs::metadata(from).unwrap().permissions()).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_tree(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
     }
 }
 

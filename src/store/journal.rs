@@ -5,7 +5,7 @@
 //! loses only records whose append had not returned.
 
 use super::commit::{Durability, Poison};
-use super::key::{Usage, segment_of};
+use super::key::{self, Usage, segment_of};
 use super::media::{Media, MediaFile};
 use super::record::{self, Body, Record, SEAL_LEN};
 use super::types::StoreOptions;
@@ -332,11 +332,12 @@ impl Journal {
             .inspect_err(|error| self.poison.fail(error))?;
         log.end += SEAL_LEN;
         segment.end.store(log.end, Ordering::SeqCst);
-        segment.sealed.store(true, Ordering::SeqCst);
+        // Before it counts as sealed, so that a checkpoint that passes it notes its size too.
         if let Some(known) = self.known.lock().get_mut(&segment.number) {
             known.usage.used = used;
             known.closed = true;
         }
+        segment.sealed.store(true, Ordering::SeqCst);
         Ok(())
     }
 
@@ -374,6 +375,22 @@ impl Journal {
         self.media.sync_names()?;
         self.known.lock().remove(&number);
         Ok(())
+    }
+
+    /// Adds an index entry to the usage of its segment.
+    pub(super) fn count(&self, key: &[u8], value: &[u8]) {
+        if let Some(footprint) = key::footprint(key, value) {
+            self.known.lock().entry(footprint.segment).or_default().usage.add(&footprint);
+        }
+    }
+
+    /// Takes an index entry off the usage of its segment.
+    pub(super) fn uncount(&self, key: &[u8], value: &[u8]) {
+        if let Some(footprint) = key::footprint(key, value)
+            && let Some(known) = self.known.lock().get_mut(&footprint.segment)
+        {
+            known.usage.sub(&footprint);
+        }
     }
 
     /// The table that new segments begin with from now on. One that was made early gives its place up to

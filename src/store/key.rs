@@ -387,6 +387,20 @@ pub(super) struct Usage {
     pub(super) records: u64,
 }
 
+impl Usage {
+    pub(super) fn add(&mut self, footprint: &Footprint) {
+        self.live += footprint.bytes;
+        self.payload += footprint.payload;
+        self.records += 1;
+    }
+
+    pub(super) fn sub(&mut self, footprint: &Footprint) {
+        self.live = self.live.saturating_sub(footprint.bytes);
+        self.payload = self.payload.saturating_sub(footprint.payload);
+        self.records = self.records.saturating_sub(1);
+    }
+}
+
 pub(super) fn usage(segment: u32) -> Vec<u8> {
     [SEGMENTS, &segment.to_be_bytes()].concat()
 }

@@ -12,6 +12,7 @@ mod checkpoint;
 mod codec;
 mod commit;
 mod compact;
+mod identity;
 mod index;
 mod journal;
 mod key;
@@ -238,29 +239,6 @@ impl Store {
             memtable_bytes: self.layers.bytes() as u64,
             snapshots: self.snapshots().len() as u64,
         }
-    }
-}
-
-impl Journal {
-    /// Adds an index entry to the usage of its segment.
-    fn count(&self, key: &[u8], value: &[u8]) {
-        let Some(footprint) = key::footprint(key, value) else { return };
-        let mut known = self.known.lock();
-        let usage = &mut known.entry(footprint.segment).or_default().usage;
-        usage.live += footprint.bytes;
-        usage.payload += footprint.payload;
-        usage.records += 1;
-    }
-
-    /// Takes an index entry off the usage of its segment.
-    fn uncount(&self, key: &[u8], value: &[u8]) {
-        let Some(footprint) = key::footprint(key, value) else { return };
-        let mut known = self.known.lock();
-        let Some(known) = known.get_mut(&footprint.segment) else { return };
-        let usage = &mut known.usage;
-        usage.live = usage.live.saturating_sub(footprint.bytes);
-        usage.payload = usage.payload.saturating_sub(footprint.payload);
-        usage.records = usage.records.saturating_sub(1);
     }
 }
 
