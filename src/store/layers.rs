@@ -4,12 +4,13 @@
 //! into the index, and drops it. Readers take the maps under one guard and look at the index after that:
 //! what a checkpoint has dropped by then is in the index already.
 
-use super::index::{Change, Index};
+use super::index::{Change, Index, Visit};
 use super::key::Pair;
 use crate::error::Result;
 use crate::ids::Lsn;
 use crate::sync::{Arc, AtomicUsize, Ordering, RwLock};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 type Map = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -41,11 +42,7 @@ pub(super) struct Layers {
 
 impl Layers {
     pub(super) fn new(index: Box<dyn Index>) -> Self {
-        Self {
-            mem: RwLock::default(),
-            bytes: AtomicUsize::new(0),
-            index,
-        }
+        Self { mem: RwLock::default(), bytes: AtomicUsize::new(0), index }
     }
 
     /// Adds pairs; returns those of the active map that they replace.
@@ -53,17 +50,18 @@ impl Layers {
         let mut replaced = Vec::new();
         let mut mem = self.mem.write();
         for (key, value) in pairs {
-            let (key_len, value_len) = (key.len(), value.len());
-            if value_len == 0 && mem.active.contains_key(&key) {
-                continue;
-            }
-            if let Some(old) = mem.active.insert(key.clone(), value) {
-                self.bytes.fetch_sub(old.len(), Ordering::Relaxed);
-                self.bytes.fetch_add(value_len, Ordering::Relaxed);
-                replaced.push((key, old));
-            } else {
-                self.bytes
-                    .fetch_add(key_len + value_len + OVERHEAD, Ordering::Relaxed);
+            match mem.active.entry(key) {
+                Entry::Vacant(place) => {
+                    let bytes = place.key().len() + value.len() + OVERHEAD;
+                    self.bytes.fetch_add(bytes, Ordering::Relaxed);
+                    place.insert(value);
+                }
+                Entry::Occupied(mut place) => {
+                    self.bytes.fetch_add(value.len(), Ordering::Relaxed);
+                    let old = place.insert(value);
+                    self.bytes.fetch_sub(old.len(), Ordering::Relaxed);
+                    replaced.push((place.key().clone(), old));
+                }
             }
         }
         replaced
@@ -87,14 +85,8 @@ impl Layers {
 
     /// Drops the frozen map, which is in the index now.
     pub(super) fn thaw(&self) {
-        let Some(frozen) = self.mem.write().frozen.take() else {
-            return;
-        };
-        let bytes: usize = frozen
-            .map
-            .iter()
-            .map(|(k, v)| k.len() + v.len() + OVERHEAD)
-            .sum();
+        let Some(frozen) = self.mem.write().frozen.take() else { return };
+        let bytes: usize = frozen.map.iter().map(|(k, v)| k.len() + v.len() + OVERHEAD).sum();
         self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
@@ -126,10 +118,8 @@ impl Layers {
         let in_memory = {
             let mem = self.mem.read();
             let active = mem.active.range::<[u8], _>(bounds(from, to)).next_back();
-            let frozen = mem
-                .frozen
-                .as_ref()
-                .and_then(|f| f.map.range::<[u8], _>(bounds(from, to)).next_back());
+            let frozen =
+                mem.frozen.as_ref().and_then(|f| f.map.range::<[u8], _>(bounds(from, to)).next_back());
             let best = match (active, frozen) {
                 (Some(a), Some(f)) if f.0 > a.0 => Some(f),
                 (a, f) => a.or(f),
@@ -143,12 +133,7 @@ impl Layers {
     }
 
     /// Shows the pairs of `from..to` in order until `visit` says no. No lock is held while it runs.
-    pub(super) fn scan(
-        &self,
-        from: &[u8],
-        to: &[u8],
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>,
-    ) -> Result<()> {
+    pub(super) fn scan(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<()> {
         let mut from = from.to_vec();
         loop {
             let page = self.page(&from, to, PAGE);
@@ -165,13 +150,7 @@ impl Layers {
         }
     }
 
-    fn merge(
-        &self,
-        from: &[u8],
-        to: &[u8],
-        page: Vec<Pair>,
-        visit: &mut dyn FnMut(&[u8], &[u8]) -> Result<bool>,
-    ) -> Result<bool> {
+    fn merge(&self, from: &[u8], to: &[u8], page: Vec<Pair>, visit: Visit<'_>) -> Result<bool> {
         let mut page = page.into_iter().peekable();
         let mut more = true;
         self.index.scan(from, to, &mut |key, value| {
@@ -221,22 +200,12 @@ impl Layers {
 
     /// Changes the index itself, for keys that are not in memory.
     pub(super) fn edit(&self, changes: Vec<Change>) -> Result<()> {
-        if changes.is_empty() {
-            Ok(())
-        } else {
-            self.index.apply(changes)
-        }
+        if changes.is_empty() { Ok(()) } else { self.index.apply(changes) }
     }
 }
 
-fn bounds<'a>(
-    from: &'a [u8],
-    to: &'a [u8],
-) -> (std::ops::Bound<&'a [u8]>, std::ops::Bound<&'a [u8]>) {
+fn bounds<'a>(from: &'a [u8], to: &'a [u8]) -> (std::ops::Bound<&'a [u8]>, std::ops::Bound<&'a [u8]>) {
     use std::ops::Bound;
     // An empty range the wrong way round would panic in BTreeMap.
-    (
-        Bound::Included(from),
-        Bound::Excluded(if to < from { from } else { to }),
-    )
+    (Bound::Included(from), Bound::Excluded(if to < from { from } else { to }))
 }

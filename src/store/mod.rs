@@ -12,6 +12,7 @@ mod checkpoint;
 mod codec;
 mod commit;
 mod compact;
+mod identity;
 mod index;
 mod journal;
 mod key;
@@ -19,7 +20,6 @@ mod layers;
 mod lookup;
 pub mod media;
 mod open;
-mod probe;
 mod reclaim;
 mod record;
 mod replay;
@@ -86,27 +86,14 @@ impl Store {
     /// [`Error::Poisoned`] after a failed append or sync; the errno of the failed write; `EINVAL` for a
     /// value that the format has no place for.
     pub fn keep_attr(&self, ino: Ino, label: Epoch, image: &AttrImage) -> Result<Lsn> {
-        self.append(Batch {
-            records: vec![Record::Attr {
-                ino,
-                label,
-                image: image.clone(),
-            }],
-            payload: &[],
-        })
+        self.append(Batch { records: vec![Record::Attr { ino, label, image: image.clone() }], payload: &[] })
     }
 
     /// Keeps what `name` meant in `dir` as of cut `label`; `None`: nothing.
     ///
     /// # Errors
     /// As [`Store::keep_attr`].
-    pub fn keep_entry(
-        &self,
-        dir: Ino,
-        name: &[u8],
-        label: Epoch,
-        was: Option<&EntryImage>,
-    ) -> Result<Lsn> {
+    pub fn keep_entry(&self, dir: Ino, name: &[u8], label: Epoch, was: Option<&EntryImage>) -> Result<Lsn> {
         self.keep_entries(label, &[(dir, name, was)])
     }
 
@@ -114,26 +101,14 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::keep_attr`]; then some of them may have been kept.
-    pub fn keep_entries(
-        &self,
-        label: Epoch,
-        entries: &[(Ino, &[u8], Option<&EntryImage>)],
-    ) -> Result<Lsn> {
+    pub fn keep_entries(&self, label: Epoch, entries: &[(Ino, &[u8], Option<&EntryImage>)]) -> Result<Lsn> {
         let record = |(dir, name, was): &(Ino, &[u8], Option<&EntryImage>)| {
             let (name, was) = (name.to_vec(), was.cloned());
-            Record::Entry {
-                dir: *dir,
-                label,
-                name,
-                was,
-            }
+            Record::Entry { dir: *dir, label, name, was }
         };
         let mut last = Err(Error::Os(Errno::INVAL));
         for some in entries.chunks(SMALL_AT_ONCE) {
-            last = Ok(self.append(Batch {
-                records: some.iter().map(record).collect(),
-                payload: &[],
-            })?);
+            last = Ok(self.append(Batch { records: some.iter().map(record).collect(), payload: &[] })?);
         }
         last
     }
@@ -143,15 +118,9 @@ impl Store {
     /// # Errors
     /// As [`Store::keep_attr`]; then some leading part may have been kept. `EINVAL` for no blocks, or
     /// bytes that are not whole blocks.
-    pub fn keep_extent(
-        &self,
-        ino: Ino,
-        label: Epoch,
-        first_block: u64,
-        data: ExtentData<'_>,
-    ) -> Result<Lsn> {
+    pub fn keep_extent(&self, ino: Ino, label: Epoch, first_block: u64, data: ExtentData<'_>) -> Result<Lsn> {
         let (blocks, bytes) = match data {
-            ExtentData::Bytes(bytes) if bytes.len() % BLOCK == 0 => {
+            ExtentData::Bytes(bytes) if bytes.len().is_multiple_of(BLOCK) => {
                 (bytes.len() as u64 / BLOCK as u64, bytes)
             }
             ExtentData::Bytes(_) => return Err(Error::Os(Errno::INVAL)),
@@ -173,20 +142,10 @@ impl Store {
                     crcs: record::block_checksums(&bytes[offset(at)..offset(to)]),
                 });
                 let blocks = (to - at) as u16;
-                records.push(Record::Extent(Extent {
-                    ino,
-                    label,
-                    first_block: at,
-                    blocks,
-                    place,
-                }));
+                records.push(Record::Extent(Extent { ino, label, first_block: at, blocks, place }));
                 at = to;
             }
-            let payload = if hole {
-                &[][..]
-            } else {
-                &bytes[offset(begun)..offset(at)]
-            };
+            let payload = if hole { &[][..] } else { &bytes[offset(begun)..offset(at)] };
             last = self.append(Batch { records, payload })?;
         }
         Ok(last)
@@ -198,10 +157,7 @@ impl Store {
     /// As [`Store::keep_attr`].
     pub fn record_birth(&self, ino: Ino, epoch: Epoch) -> Result<Lsn> {
         let _moving = self.moving.read();
-        self.append(Batch {
-            records: vec![Record::Birth { ino, epoch }],
-            payload: &[],
-        })
+        self.append(Batch { records: vec![Record::Birth { ino, epoch }], payload: &[] })
     }
 
     /// Notes that a file is retained. A later record of the same object replaces this one.
@@ -210,14 +166,8 @@ impl Store {
     /// As [`Store::keep_attr`].
     pub fn record_retained(&self, retained: &Retained) -> Result<Lsn> {
         let _moving = self.moving.read();
-        let record = Record::Retained {
-            gone: false,
-            retained: retained.clone(),
-        };
-        self.append(Batch {
-            records: vec![record],
-            payload: &[],
-        })
+        let record = Record::Retained { gone: false, retained: retained.clone() };
+        self.append(Batch { records: vec![record], payload: &[] })
     }
 
     /// Drops the record of a retained file that is gone from disk, or never got there.
@@ -226,18 +176,9 @@ impl Store {
     /// As [`Store::keep_attr`]. It is no error if there is no such record.
     pub fn forget_retained(&self, ino: Ino) -> Result<()> {
         let _moving = self.moving.read();
-        let Some(retained) = self.retained(ino)? else {
-            return Ok(());
-        };
-        let record = Record::Retained {
-            gone: true,
-            retained,
-        };
-        self.append(Batch {
-            records: vec![record],
-            payload: &[],
-        })
-        .map(drop)
+        let Some(retained) = self.retained(ino)? else { return Ok(()) };
+        let record = Record::Retained { gone: true, retained };
+        self.append(Batch { records: vec![record], payload: &[] }).map(drop)
     }
 
     /// Appends records and shows them to look-ups.
@@ -246,13 +187,9 @@ impl Store {
             for (record, lsn) in done {
                 self.snapshots.saw(record.highest_epoch());
                 let pairs = key::pairs_of(&record, lsn);
-                pairs
-                    .iter()
-                    .for_each(|(key, value)| self.journal.count(key, value));
+                pairs.iter().for_each(|(key, value)| self.journal.count(key, value));
                 let replaced = self.layers.put(pairs);
-                replaced
-                    .iter()
-                    .for_each(|(key, value)| self.journal.uncount(key, value));
+                replaced.iter().for_each(|(key, value)| self.journal.uncount(key, value));
             }
         })
     }
@@ -291,9 +228,7 @@ impl Store {
     #[must_use]
     pub fn stats(&self) -> StoreStats {
         let known = self.journal.known.lock().clone();
-        let allocated = known
-            .keys()
-            .map(|number| self.journal.media.allocated(*number).unwrap_or(0));
+        let allocated = known.keys().map(|number| self.journal.media.allocated(*number).unwrap_or(0));
         StoreStats {
             journal_bytes: allocated.sum(),
             index_bytes: self.layers.index.allocated(),
@@ -307,42 +242,9 @@ impl Store {
     }
 }
 
-impl Journal {
-    /// Adds an index entry to the usage of its segment.
-    fn count(&self, key: &[u8], value: &[u8]) {
-        let Some(footprint) = key::footprint(key, value) else {
-            return;
-        };
-        let mut known = self.known.lock();
-        let usage = &mut known.entry(footprint.segment).or_default().usage;
-        usage.live += footprint.bytes;
-        usage.payload += footprint.payload;
-        usage.records += 1;
-    }
-
-    /// Takes an index entry off the usage of its segment.
-    fn uncount(&self, key: &[u8], value: &[u8]) {
-        let Some(footprint) = key::footprint(key, value) else {
-            return;
-        };
-        let mut known = self.known.lock();
-        let Some(known) = known.get_mut(&footprint.segment) else {
-            return;
-        };
-        let usage = &mut known.usage;
-        usage.live = usage.live.saturating_sub(footprint.bytes);
-        usage.payload = usage.payload.saturating_sub(footprint.payload);
-        usage.records = usage.records.saturating_sub(1);
-    }
-}
-
 impl Drop for Store {
     fn drop(&mut self) {
         // Nothing to save: every record is in the journal since its append returned.
-        log::debug!(
-            "store {:032x} closed, {} records appended",
-            self.uuid,
-            self.journal.appended()
-        );
+        log::debug!("store {:032x} closed, {} records appended", self.uuid, self.journal.appended());
     }
 }

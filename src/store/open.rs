@@ -1,8 +1,9 @@
 //! Opening: the directory, the index if it can be trusted, and what the journal has beyond it.
 
+use super::identity::{identify, make_dir};
 use super::index::{Index, MemoryIndex, SledIndex};
 use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
-use super::key::{self, IndexState, segment_of};
+use super::key::{self, IndexState, Usage, segment_of};
 use super::layers::Layers;
 use super::media::{FileMedia, Media, MediaFile, name_of};
 use super::reclaim::Upkeep;
@@ -14,12 +15,10 @@ use super::{Store, checkpoint};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Epoch, Lsn};
 use crate::sync::{Arc, Mutex, RwLock};
-use rustix::fs::{FlockOperation, Mode, OFlags};
-use rustix::io::Errno;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-const FORMAT: &str = "cowfs-store 1";
 /// An index that takes less than this on disk is read whole at every open, a larger one only if the store
 /// was not closed in order.
 const ALWAYS_CHECKED: u64 = 32 << 20;
@@ -29,10 +28,8 @@ const REPLAY_BYTES: usize = 32 << 20;
 impl StoreOptions {
     fn check(&self) -> Result<()> {
         let area = self.log_area;
-        if area % BLOCK as u64 != 0 || !(16 << 10..=1 << 30).contains(&area) {
-            return Err(Error::Usage(format!(
-                "log area of {area} bytes: 16 KiB to 1 GiB, in whole blocks"
-            )));
+        if !area.is_multiple_of(BLOCK as u64) || !(16 << 10..=1 << 30).contains(&area) {
+            return Err(Error::Usage(format!("log area of {area} bytes: 16 KiB to 1 GiB, in whole blocks")));
         }
         if !(area + BLOCK as u64..=1 << 40).contains(&self.segment_size) {
             let size = self.segment_size;
@@ -69,180 +66,55 @@ impl Store {
         let (lock, uuid) = identify(dir, !numbers.is_empty())?;
         let mut found = find_index(dir, &options, uuid)?;
         let mut recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, found.state)?;
+        let missing = |(number, usage): &(&u32, &Usage)| usage.records > 0 && !numbers.contains(number);
+        if let Some((number, _)) = found.usage.iter().find(missing) {
+            let why = format!("{}: missing, though the index refers to it", name_of(*number));
+            recovery.contradiction = Some(why);
+        }
         if let Some(why) = recovery.contradiction.take() {
-            log::warn!(
-                "{}: {why}; it is being rebuilt from the journal",
-                dir.display()
-            );
+            log::warn!("{}: {why}; the index is being rebuilt from the journal", dir.display());
             drop(found);
             found = fresh_index(dir, &options)?;
-            let damage = std::mem::take(&mut recovery.damage);
             recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, None)?;
-            recovery
-                .damage
-                .extend(damage.into_iter().filter(|d| d.contains("ends before")));
+            recovery.damage.push(why);
         }
-        recovery.finish(Parts {
-            dir,
-            options,
-            media,
-            uuid,
-            lock,
-            found,
-        })
+        recovery.finish(Parts { dir, options, media, uuid, lock, found })
     }
-}
-
-fn make_dir(dir: &Path) -> Result<()> {
-    match rustix::fs::mkdir(dir, Mode::RWXU) {
-        Ok(()) => {
-            // The new directory is found after a power cut only if its parent is synced.
-            let parent = dir
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
-            sync_dir(parent)
-        }
-        Err(Errno::EXIST) => Ok(()),
-        Err(errno) => Err(Error::path("cannot create", dir, errno)),
-    }
-}
-
-fn sync_dir(dir: &Path) -> Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(dir, flags, Mode::empty())
-        .and_then(|fd| rustix::fs::fsync(&fd))
-        .map_err(|errno| Error::path("cannot sync", dir, errno))
-}
-
-fn refuse(path: &Path, why: impl Into<String>) -> Error {
-    Error::Store {
-        path: path.to_path_buf(),
-        why: why.into(),
-    }
-}
-
-/// Reads the store's format file, or writes one for a new store. Returns the uuid, and the file, locked
-/// against a second process.
-fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)> {
-    let stat = rustix::fs::lstat(dir).map_err(|errno| Error::path("cannot stat", dir, errno))?;
-    if stat.st_uid != rustix::process::geteuid().as_raw() {
-        return Err(refuse(
-            dir,
-            "the store belongs to another user; run cowfs as that user",
-        ));
-    }
-    if stat.st_mode & 0o077 != 0 {
-        return Err(refuse(
-            dir,
-            "the store is open to other users; make sure that it is yours, then `chmod 700`",
-        ));
-    }
-    let path = dir.join("format");
-    if !path.exists() {
-        if has_journal {
-            return Err(refuse(
-                &path,
-                "missing, though there is a journal; restore it from a backup of the store",
-            ));
-        }
-        create_format(dir, &path)?;
-    }
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = rustix::fs::open(&path, flags, Mode::empty())
-        .map_err(|errno| Error::path("cannot open", &path, errno))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Err(refuse(dir, "the store is in use; unmount it first")),
-        Err(errno) => return Err(Error::path("cannot lock", &path, errno)),
-    }
-    let text =
-        std::fs::read_to_string(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
-    Ok((file, parse_format(&path, &text)?))
-}
-
-fn parse_format(path: &Path, text: &str) -> Result<u128> {
-    let mut lines = text.lines();
-    match lines.next() {
-        Some(FORMAT) => {}
-        Some(other) if other.starts_with("cowfs-store ") => {
-            let why = format!(
-                "is \"{other}\", this release knows \"{FORMAT}\"; use the release that made it"
-            );
-            return Err(refuse(path, why));
-        }
-        _ => {
-            return Err(refuse(
-                path,
-                format!("not the format file of a store (\"{FORMAT}\" expected)"),
-            ));
-        }
-    }
-    let uuid = lines.next().and_then(|line| line.strip_prefix("uuid "));
-    let uuid = uuid
-        .filter(|hex| hex.len() == 32)
-        .and_then(|hex| u128::from_str_radix(hex, 16).ok());
-    uuid.ok_or_else(|| {
-        refuse(
-            path,
-            "its second line is no uuid; restore it from a backup of the store",
-        )
-    })
-}
-
-fn create_format(dir: &Path, path: &Path) -> Result<()> {
-    use std::io::{Read, Write};
-    let mut uuid = [0; 16];
-    let random = Path::new("/dev/urandom");
-    std::fs::File::open(random)
-        .and_then(|mut file| file.read_exact(&mut uuid))
-        .map_err(|error| Error::io("cannot read", random, &error))?;
-    let text = format!("{FORMAT}\nuuid {:032x}\n", u128::from_le_bytes(uuid));
-    let new = dir.join("format.new");
-    std::fs::File::create(&new)
-        .and_then(|mut file| {
-            file.write_all(text.as_bytes())
-                .and_then(|()| file.sync_all())
-        })
-        .and_then(|()| std::fs::rename(&new, path))
-        .map_err(|error| Error::io("cannot write", path, &error))?;
-    sync_dir(dir)
 }
 
 /// An index and what it says of itself; no state: it is empty, replay the whole journal.
 struct Found {
     index: Box<dyn Index>,
     state: Option<IndexState>,
+    /// What it refers to in each segment.
+    usage: BTreeMap<u32, Usage>,
+}
+
+impl Found {
+    fn empty(index: impl Index + 'static) -> Self {
+        Self { index: Box::new(index), state: None, usage: BTreeMap::new() }
+    }
 }
 
 fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
     if options.in_memory_index {
-        return Ok(Found {
-            index: Box::new(MemoryIndex::default()),
-            state: None,
-        });
+        return Ok(Found::empty(MemoryIndex::default()));
     }
     let path = dir.join("index");
     if !path.exists() {
         return fresh_index(dir, options);
     }
     match trusted_index(&path, uuid) {
-        Ok((index, state)) => Ok(Found {
-            index: Box::new(index),
-            state: Some(state),
-        }),
+        Ok(found) => Ok(found),
         Err(error) => {
-            log::warn!(
-                "{}: {error}; it is being rebuilt from the journal",
-                path.display()
-            );
+            log::warn!("{}: {error}; it is being rebuilt from the journal", path.display());
             fresh_index(dir, options)
         }
     }
 }
 
 /// Opens the index; fails if there is any reason to doubt it.
-fn trusted_index(path: &Path, uuid: u128) -> Result<(SledIndex, IndexState)> {
+fn trusted_index(path: &Path, uuid: u128) -> Result<Found> {
     if SledIndex::is_condemned(path) {
         return Err(Error::Corrupt("the index could not be read lately".into()));
     }
@@ -254,21 +126,43 @@ fn trusted_index(path: &Path, uuid: u128) -> Result<(SledIndex, IndexState)> {
     if state.uuid != uuid {
         return Err(Error::Corrupt("the index belongs to another store".into()));
     }
-    if !state.clean || index.allocated() < ALWAYS_CHECKED {
-        index.scan(&[], &[u8::MAX], &mut |key, value| {
-            key::check(key, value).map(|()| true)
-        })?;
-    }
-    Ok((index, state))
+    let noted = noted_usage(&index)?;
+    let usage = if !state.clean || index.allocated() < ALWAYS_CHECKED {
+        let used = |(number, u): (u32, Usage)| (number, Usage { used: u.used, ..Usage::default() });
+        counted_usage(&index, noted.into_iter().map(used).collect())?
+    } else {
+        noted
+    };
+    Ok(Found { index: Box::new(index), state: Some(state), usage })
+}
+
+/// What the index has noted of the segments.
+fn noted_usage(index: &dyn Index) -> Result<BTreeMap<u32, Usage>> {
+    let (from, to) = key::usages();
+    let mut noted = BTreeMap::new();
+    index.scan(&from, &to, &mut |key, value| {
+        noted.extend([key::parse_usage(key, value)?]);
+        Ok(true)
+    })?;
+    Ok(noted)
+}
+
+/// Reads the whole index, and adds up what it refers to.
+fn counted_usage(index: &dyn Index, mut usage: BTreeMap<u32, Usage>) -> Result<BTreeMap<u32, Usage>> {
+    index.scan(&[], &[u8::MAX], &mut |key, value| {
+        key::check(key, value)?;
+        if let Some(footprint) = key::footprint(key, value) {
+            usage.entry(footprint.segment).or_default().add(&footprint);
+        }
+        Ok(true)
+    })?;
+    Ok(usage)
 }
 
 /// An empty index in place of whatever there is.
 fn fresh_index(dir: &Path, options: &StoreOptions) -> Result<Found> {
     if options.in_memory_index {
-        return Ok(Found {
-            index: Box::new(MemoryIndex::default()),
-            state: None,
-        });
+        return Ok(Found::empty(MemoryIndex::default()));
     }
     let path = dir.join("index");
     match std::fs::remove_dir_all(&path) {
@@ -278,14 +172,10 @@ fn fresh_index(dir: &Path, options: &StoreOptions) -> Result<Found> {
         _ => {}
     }
     SledIndex::pardon(&path);
-    Ok(Found {
-        index: Box::new(SledIndex::open(&path)?),
-        state: None,
-    })
+    Ok(Found::empty(SledIndex::open(&path)?))
 }
 
 /// What the journal says.
-#[derive(Default)]
 struct Recovery {
     state: Option<IndexState>,
     /// Segments that the index does not have wholly.
@@ -323,46 +213,39 @@ impl Recovery {
         let (first, offset) = split(checkpoint);
         let mut out = Self {
             state,
+            logs: Vec::new(),
+            older: Vec::new(),
             end: checkpoint,
-            ..Self::default()
+            highest: numbers.last().copied().unwrap_or(0).max(first),
+            damage: Vec::new(),
+            contradiction: None,
         };
-        out.highest = numbers.last().copied().unwrap_or(0).max(first);
         for number in numbers.iter().copied() {
             if number < first {
                 out.older.push(number);
                 continue;
             }
-            let Some(file) = media.open(number)? else {
-                continue;
-            };
+            let Some(file) = media.open(number)? else { continue };
             let durable = if number == first { offset } else { 0 };
             let log = read_segment(file.as_ref(), number, uuid, durable, options.log_area)?;
             if number == first && log.end < offset {
-                out.damage.push(format!(
-                    "{}: ends before what the index has of it",
-                    name_of(number)
-                ));
-                out.contradiction = Some("the index is ahead of the journal".into());
+                out.contradiction =
+                    Some(format!("{}: ends before what the index has of it", name_of(number)));
             }
-            out.end = out.end.max(lsn_at(number, log.end));
+            if !log.records.is_empty() {
+                out.end = out.end.max(lsn_at(number, log.end));
+            }
             out.damage.extend(log.damage.iter().cloned());
             out.logs.push((number, file, log));
         }
         if first > 0 && !out.logs.iter().any(|(number, _, _)| *number == first) {
-            out.contradiction = Some("the index is ahead of the journal".into());
+            out.contradiction = Some(format!("{}: missing, though the index has some of it", name_of(first)));
         }
         Ok(out)
     }
 
     fn finish(mut self, parts: Parts<'_>) -> Result<Store> {
-        let Parts {
-            dir,
-            options,
-            media,
-            uuid,
-            lock,
-            found,
-        } = parts;
+        let Parts { dir, options, media, uuid, lock, found } = parts;
         self.close_segments(media.as_ref(), uuid)?;
         let (mut table, mut home, highest) = self.newest_table(found.index.as_ref())?;
         if table.epoch < highest {
@@ -385,11 +268,9 @@ impl Recovery {
             damage: Mutex::new(Vec::new()),
             _lock: lock,
         };
-        self.count(&store)?;
+        self.count(&store.journal, &found.usage);
         self.redo(&store)?;
-        self.damage
-            .iter()
-            .for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
+        self.damage.iter().for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
         *store.damage.lock() = self.damage;
         // From here on the index is not marked as closed in order, and a rebuilt one is finished.
         store.checkpoint_in(&mut store.upkeep.lock(), false)?;
@@ -415,8 +296,7 @@ impl Recovery {
                 continue;
             }
             if log.sealed.is_none() && u64::from(log.end + SEAL_LEN) <= log.log_area {
-                let used =
-                    u64::from(log.end + SEAL_LEN) + file.size()?.saturating_sub(log.log_area);
+                let used = u64::from(log.end + SEAL_LEN) + file.size()?.saturating_sub(log.log_area);
                 write_seal(file.as_ref(), uuid, lsn_at(*number, log.end), used)?;
                 log.sealed = Some(used);
             }
@@ -452,55 +332,20 @@ impl Recovery {
         Ok((table, home, highest))
     }
 
-    /// Finds out what each segment holds: from the index's notes, or, if it was not closed in order, by
-    /// counting.
-    fn count(&self, store: &Store) -> Result<()> {
-        let clean = self.state.is_some_and(|state| state.clean);
-        let (from, to) = key::usages();
-        let mut noted = std::collections::BTreeMap::new();
-        store.layers.index.scan(&from, &to, &mut |key, value| {
-            let (number, usage) = key::parse_usage(key, value)?;
-            noted.insert(number, usage);
-            Ok(true)
-        })?;
-        let mut known = store.journal.known.lock();
-        for number in self
-            .older
-            .iter()
-            .chain(self.logs.iter().map(|(number, _, _)| number))
-        {
-            let mut usage = noted.get(number).copied().unwrap_or_default();
-            if !clean {
-                (usage.live, usage.payload, usage.records) = (0, 0, 0);
-            }
-            let noted = noted.contains_key(number) && usage.used > 0;
-            known.insert(
-                *number,
-                Known {
-                    usage,
-                    closed: true,
-                    noted,
-                    damaged: false,
-                },
-            );
+    /// Tells the journal what each segment holds.
+    fn count(&self, journal: &Journal, usage: &BTreeMap<u32, Usage>) {
+        let mut known = journal.known.lock();
+        let usage = |number: &u32| usage.get(number).copied().unwrap_or_default();
+        for number in &self.older {
+            let usage = usage(number);
+            known.insert(*number, Known { usage, closed: true, noted: usage.used > 0, damaged: false });
         }
         for (number, _, log) in &self.logs {
-            let known = known.entry(*number).or_default();
-            known.noted &= log.sealed == Some(known.usage.used);
-            known.usage.used = log.sealed.unwrap_or(log.log_area);
-            known.damaged = log.records.is_empty();
+            let used = log.sealed.unwrap_or(log.log_area);
+            let noted = usage(number).used == used;
+            let usage = Usage { used, ..usage(number) };
+            known.insert(*number, Known { usage, closed: true, noted, damaged: log.records.is_empty() });
         }
-        drop(known);
-        if !clean {
-            store
-                .layers
-                .index
-                .scan(&[], &[u8::MAX], &mut |key, value| {
-                    store.journal.count(key, value);
-                    Ok(true)
-                })?;
-        }
-        Ok(())
     }
 
     /// Puts what the index does not have into it.
@@ -532,9 +377,7 @@ fn redo_record(store: &Store, record: &Record, lsn: Lsn) -> Result<()> {
         store.journal.count(key, value);
     }
     let replaced = store.layers.put(pairs);
-    replaced
-        .iter()
-        .for_each(|(key, value)| store.journal.uncount(key, value));
+    replaced.iter().for_each(|(key, value)| store.journal.uncount(key, value));
     Ok(())
 }
 
@@ -542,11 +385,7 @@ fn redo_record(store: &Store, record: &Record, lsn: Lsn) -> Result<()> {
 fn flush(store: &Store) -> Result<()> {
     store.layers.freeze(Lsn(0));
     if let Some(frozen) = store.layers.frozen() {
-        checkpoint::carry(
-            store.layers.index.as_ref(),
-            &store.journal,
-            frozen.map.iter(),
-        )?;
+        checkpoint::carry(store.layers.index.as_ref(), &store.journal, frozen.map.iter())?;
     }
     store.layers.thaw();
     Ok(())
