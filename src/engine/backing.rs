@@ -13,7 +13,7 @@ use crate::sys;
 use hashlink::LruCache;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom,
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, SeekFrom,
     Statx, StatxFlags, XattrFlags,
 };
 use rustix::io::Errno;
@@ -21,6 +21,7 @@ use rustix::io::{ReadWriteFlags, preadv2};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::ffi::CStr;
 use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 
 /// Name of the hidden directory in the root of the backing directory.
@@ -561,15 +562,10 @@ impl Backing {
 
     /// Whether an open directory has no entries.
     pub fn is_empty(&self, dir: &OwnedFd) -> Result<bool> {
-        let dir = rustix::fs::openat(
-            dir,
-            c".",
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        for entry in rustix::fs::Dir::new(dir)? {
-            let name = entry?.file_name().to_bytes().to_vec();
-            if name != b"." && name != b".." {
+        let mut buf = [MaybeUninit::uninit(); 1024];
+        let mut entries = RawDir::new(dir, &mut buf);
+        while let Some(entry) = entries.next() {
+            if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
                 return Ok(false);
             }
         }
