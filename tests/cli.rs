@@ -228,11 +228,17 @@ fn a_fake_mount_checks_and_mounts_nothing() {
 #[test]
 fn users_without_permission_are_told() {
     if !rustix::process::geteuid().is_root() {
+        eprintln!("NOT RUN: it takes root");
         return;
     }
     let temp = tempfile::tempdir().unwrap();
     let binary = temp.path().join("cowfs");
-    std::fs::copy(env!("CARGO_BIN_EXE_cowfs"), &binary).unwrap();
+    // By cp: had this process the copy open for writing while another test forks, it could not be run (ETXTBSY).
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_cowfs"))
+        .arg(&binary)
+        .status();
+    assert!(copied.unwrap().success());
     let path = |name: &str, mode| {
         let path = temp.path().join(name);
         std::fs::create_dir(&path).unwrap();
