@@ -13,8 +13,8 @@ use crate::sys;
 use hashlink::LruCache;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, SeekFrom,
-    Statx, StatxFlags, XattrFlags,
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
+    SeekFrom, Statx, StatxFlags, XattrFlags,
 };
 use rustix::io::Errno;
 use rustix::io::{ReadWriteFlags, preadv2};
@@ -113,6 +113,13 @@ impl Backing {
                 path.display()
             ))
         })?;
+        // What a snapshot shows never changes, and access times are part of it (C2): reading on behalf of
+        // cowfs or its users leaves them alone.
+        sys::mount_without_atime(tree.as_fd()).map_err(|e| {
+            Error::Permission(format!(
+                "mount_setattr: {e}; cowfs needs Linux 5.12 or later"
+            ))
+        })?;
         let root = rustix::fs::openat(&tree, c".", dir | OFlags::RDONLY, Mode::empty())
             .map_err(|e| fail(format!("cannot open the directory: {e}")))?;
         let st = statx(root.as_fd(), c"")?;
@@ -209,16 +216,18 @@ impl Backing {
     /// Opens an object by its handle. Never follows a symlink, never opens a device.
     pub fn open_object(&self, entry: &EntryImage, flags: OFlags) -> Result<OwnedFd> {
         let handle = &entry.handle;
-        let open =
-            |flags| sys::open_by_handle(self.root.as_fd(), handle.kind, &handle.bytes, flags);
-        let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        if flags.contains(OFlags::PATH) {
-            return Ok(open(flags - OFlags::NONBLOCK)?);
-        }
-        match open(flags | OFlags::NOATIME) {
-            Err(Errno::PERM) => Ok(open(flags)?),
-            other => Ok(other?),
-        }
+        let nonblock = if flags.contains(OFlags::PATH) {
+            OFlags::empty()
+        } else {
+            OFlags::NONBLOCK
+        };
+        let flags = flags | OFlags::NOFOLLOW | nonblock;
+        Ok(sys::open_by_handle(
+            self.root.as_fd(),
+            handle.kind,
+            &handle.bytes,
+            flags,
+        )?)
     }
 
     /// A descriptor of the object for calls that need no more than `O_PATH`; cached.

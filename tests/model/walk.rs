@@ -32,7 +32,11 @@ pub fn walk(engine: &Engine, root: NodeId, forget: bool) -> Result<View, String>
         first: HashMap::new(),
         forget,
     };
-    walk.visit(root, b"/".to_vec()).map_err(|error| error.to_string())?;
+    walk.visit(root, b"/".to_vec())
+        .map_err(|error| error.to_string())?;
+    for seen in walk.view.values_mut() {
+        seen.first = walk.first[&seen.node].clone();
+    }
     Ok(walk.view)
 }
 
@@ -47,6 +51,10 @@ impl Walk<'_> {
     fn visit(&mut self, id: NodeId, path: Vec<u8>) -> cowfs::error::Result<()> {
         let engine = self.engine;
         let node = engine.node(id)?;
+        let first = self.first.entry(id).or_insert_with(|| path.clone());
+        if path < *first {
+            first.clone_from(&path);
+        }
         let mut attr = engine.getattr(&node, None)?;
         attr.image.blocks = 0;
         let mut seen = Seen {
@@ -54,7 +62,7 @@ impl Walk<'_> {
             data: Vec::new(),
             map: Vec::new(),
             target: Vec::new(),
-            first: self.first.entry(id).or_insert_with(|| path.clone()).clone(),
+            first: Vec::new(),
             node: id,
             attr: attr.image,
         };
@@ -131,9 +139,14 @@ fn data_map(engine: &Engine, file: &OpenFile, size: u64) -> cowfs::error::Result
     let mut map = Vec::new();
     let mut at = 0;
     while at < size {
-        let Ok(data) = engine.seek(file, at, false) else { break };
+        let Ok(data) = engine.seek(file, at, false) else {
+            break;
+        };
         let hole = engine.seek(file, data, true)?;
-        assert!(data >= at && hole > data && hole <= size, "{at} {data} {hole} {size}");
+        assert!(
+            data >= at && hole > data && hole <= size,
+            "{at} {data} {hole} {size}"
+        );
         let block = BLOCK as u64;
         map.push((data / block, hole.div_ceil(block)));
         at = hole;
