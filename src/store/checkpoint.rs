@@ -3,13 +3,9 @@
 use super::Store;
 use super::index::{Change, Index};
 use super::journal::Journal;
-use super::key::{self, IndexState, Pair};
+use super::key::{self, IndexState};
 use super::reclaim::Upkeep;
 use crate::error::Result;
-
-/// Pairs and bytes of one batch.
-const BATCH_PAIRS: usize = 2000;
-const BATCH_BYTES: usize = 1 << 20;
 
 impl Store {
     /// Carries what is in memory into the index, durably, so that the next open need not replay it.
@@ -43,6 +39,8 @@ impl Store {
             return Ok(());
         }
         carry(self.layers.index.as_ref(), &self.journal, frozen.map.iter())?;
+        // Before the state says that they are there.
+        self.layers.index.sync()?;
         let mut last: Vec<Change> = self.usage_changes(clean);
         last.push((key::TABLE.to_vec(), Some(key::table_value(home.unwrap_or(u32::MAX), &table))));
         last.push((key::STATE.to_vec(), Some(state.value())));
@@ -75,13 +73,12 @@ impl Store {
     }
 }
 
-/// Puts the pairs into the index, in batches.
+/// Puts the pairs into the index.
 pub(super) fn carry<'a>(
     index: &dyn Index,
     journal: &Journal,
     pairs: impl Iterator<Item = (&'a Vec<u8>, &'a Vec<u8>)>,
 ) -> Result<()> {
-    let (mut batch, mut bytes): (Vec<Change>, usize) = (Vec::new(), 0);
     for (key, value) in pairs {
         // Births and retained files are the values that can be replaced by ones in another segment.
         if matches!(key.first(), Some(b'b' | b'r'))
@@ -90,17 +87,7 @@ pub(super) fn carry<'a>(
         {
             journal.uncount(key, &old);
         }
-        bytes += key.len() + value.len();
-        batch.push((key.clone(), Some(value.clone())));
-        if batch.len() >= BATCH_PAIRS || bytes >= BATCH_BYTES {
-            index.apply(std::mem::take(&mut batch))?;
-            bytes = 0;
-        }
+        index.put(key, value)?;
     }
-    if batch.is_empty() { Ok(()) } else { index.apply(batch) }
-}
-
-/// The changes that remove the pairs.
-pub(super) fn removal(pairs: Vec<Pair>) -> Vec<Change> {
-    pairs.into_iter().map(|(key, _)| (key, None)).collect()
+    Ok(())
 }

@@ -29,7 +29,9 @@ pub(super) trait Index: Send + Sync {
     fn scan(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<()>;
     /// The last pair of the range.
     fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<Pair>>;
-    /// Makes all the changes at once.
+    /// Puts one pair, without holding up others as a batch does.
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<()>;
+    /// Makes all the changes at once. Nobody can read meanwhile, so there should be few.
     fn apply(&self, changes: Vec<Change>) -> Result<()>;
     /// Makes all changes so far durable.
     fn sync(&self) -> Result<()>;
@@ -67,6 +69,11 @@ impl Index for MemoryIndex {
         let map = self.0.read();
         let mut range = map.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to)));
         Ok(range.next_back().map(|(k, v)| (k.clone(), v.clone())))
+    }
+
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.0.write().insert(key.to_vec(), value.to_vec());
+        Ok(())
     }
 
     fn apply(&self, changes: Vec<Change>) -> Result<()> {
@@ -175,6 +182,10 @@ impl Index for SledIndex {
         let mut range = self.db.range::<&[u8], _>(from..to);
         let last = self.run(|| range.next_back().transpose())?;
         Ok(last.map(|(key, value)| (key.to_vec(), value.to_vec())))
+    }
+
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.run(|| self.db.insert(key, value)).map(drop)
     }
 
     fn apply(&self, changes: Vec<Change>) -> Result<()> {

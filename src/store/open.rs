@@ -22,6 +22,8 @@ use std::path::Path;
 /// An index that takes less than this on disk is read whole at every open, a larger one only if the store
 /// was not closed in order.
 const ALWAYS_CHECKED: u64 = 32 << 20;
+/// An index without records that takes more than this on disk is made anew.
+const HUSK: u64 = 16 << 20;
 /// Memory for replayed records before they go to the index.
 const REPLAY_BYTES: usize = 32 << 20;
 
@@ -65,6 +67,11 @@ impl Store {
         numbers.sort_unstable();
         let (lock, uuid) = identify(dir, !numbers.is_empty())?;
         let mut found = find_index(dir, &options, uuid)?;
+        if found.is_husk() {
+            log::info!("{}: the index holds nothing any more and is made anew", dir.display());
+            drop(found);
+            found = fresh_index(dir, &options)?;
+        }
         let mut recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, found.state)?;
         let missing = |(number, usage): &(&u32, &Usage)| usage.records > 0 && !numbers.contains(number);
         if let Some((number, _)) = found.usage.iter().find(missing) {
@@ -91,6 +98,11 @@ struct Found {
 }
 
 impl Found {
+    /// Whether the index takes much space for nothing: sled gives little back.
+    fn is_husk(&self) -> bool {
+        self.usage.values().all(|usage| usage.records == 0) && self.index.allocated() > HUSK
+    }
+
     fn empty(index: impl Index + 'static) -> Self {
         Self { index: Box::new(index), state: None, usage: BTreeMap::new() }
     }

@@ -5,12 +5,13 @@
 //! harmless, so a step needs no record of its own: the snapshot stays in the table, marked as being
 //! deleted, until the index has lost all that died, durably.
 
+use super::Store;
 use super::index::Change;
 use super::key::{self, Aspect, IndexState, Piece, Touch};
+use super::layers::EDIT;
 use super::lookup::{label_at_end, piece_range, runs};
 use super::snapshots::Published;
 use super::types::Retained;
-use super::{Store, checkpoint};
 use crate::error::Result;
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
 
@@ -157,7 +158,7 @@ impl Store {
 
     fn step_touched(&self, table: &Published, job: &Job) -> Result<Option<Vec<u8>>> {
         let (page, mut next) = self.index_page(&job.cursor, &key::touched(job.from, job.to).1)?;
-        let mut step = Step::default();
+        let (mut step, mut blocks) = (Step::default(), 0);
         for (key, _) in page {
             let touch = Touch::parse(&key)?;
             let birth = self.birth(touch.ino)?.unwrap_or(Epoch(0));
@@ -177,7 +178,11 @@ impl Store {
             if gone {
                 step.changes.push((key.clone(), None));
             }
-            if step.blocks >= STEP_BLOCKS {
+            blocks += std::mem::take(&mut step.blocks);
+            if step.changes.len() >= EDIT {
+                self.carry_out(std::mem::take(&mut step))?;
+            }
+            if blocks >= STEP_BLOCKS {
                 next = Some(after(&key));
                 break;
             }
@@ -276,7 +281,7 @@ impl Store {
     }
 
     fn forget(&self, dead: Vec<key::Pair>) -> Result<()> {
-        self.layers.edit(checkpoint::removal(dead.clone()))?;
+        self.layers.remove(dead.iter().map(|(key, _)| key))?;
         dead.iter().for_each(|(key, value)| self.journal.uncount(key, value));
         Ok(())
     }
