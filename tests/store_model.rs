@@ -446,10 +446,10 @@ fn seeds(count: u64) -> std::ops::Range<u64> {
 
 #[test]
 fn agrees_with_the_model_with_the_index_in_memory() {
-    seeds(30).for_each(|seed| run(seed, true, 600));
+    seeds(16).for_each(|seed| run(seed, true, 600));
 }
 
 #[test]
 fn agrees_with_the_model_with_the_index_on_disk() {
-    seeds(6).for_each(|seed| run(seed, false, 400));
+    seeds(4).for_each(|seed| run(seed, false, 400));
 }

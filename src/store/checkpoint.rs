@@ -1,9 +1,9 @@
 //! Carrying records from memory into the index.
 
 use super::Store;
-use super::index::{Change, Index};
+use super::index::Index;
 use super::journal::Journal;
-use super::key::{self, IndexState};
+use super::key::{self, IndexState, Pair};
 use super::reclaim::Upkeep;
 use crate::error::Result;
 
@@ -23,7 +23,8 @@ impl Store {
         if self.layers.frozen().is_none() {
             self.journal.at_checkpoint(|lsn| self.layers.freeze(lsn));
         }
-        // The index must not be ahead of the journal after a power cut.
+        // The index must not be ahead of the journal after a power cut: this comes before the sync.
+        let (table, home) = self.snapshots.for_index();
         self.journal.sync()?;
         let Some(frozen) = self.layers.frozen() else { return Ok(()) };
         let state = IndexState {
@@ -33,31 +34,32 @@ impl Store {
             sweep: upkeep.sweep,
             clean,
         };
-        let (table, home) = self.snapshots.for_index();
         if frozen.map.is_empty() && upkeep.written == Some((state, table.version)) {
             self.layers.thaw();
             return Ok(());
         }
         carry(self.layers.index.as_ref(), &self.journal, frozen.map.iter())?;
-        // Before the state says that they are there.
-        self.layers.index.sync()?;
-        let mut last: Vec<Change> = self.usage_changes(clean);
-        last.push((key::TABLE.to_vec(), Some(key::table_value(home.unwrap_or(u32::MAX), &table))));
-        last.push((key::STATE.to_vec(), Some(state.value())));
-        self.layers.index.apply(last)?;
-        self.layers.index.sync()?;
+        let index = &self.layers.index;
+        for (key, value) in self.usages(clean) {
+            index.put(&key, &value)?;
+        }
+        index.put(key::TABLE, &key::table_value(home.unwrap_or(u32::MAX), &table))?;
+        // All of it is durable before the state says that it is there.
+        index.sync()?;
+        index.put(key::STATE, &state.value())?;
+        index.sync()?;
         self.layers.thaw();
         upkeep.written = Some((state, table.version));
         Ok(())
     }
 
     /// The usage of segments that have been closed since the last time, or of all.
-    fn usage_changes(&self, all: bool) -> Vec<Change> {
+    fn usages(&self, all: bool) -> Vec<Pair> {
         let mut known = self.journal.known.lock();
         let due = known.iter_mut().filter(|(_, known)| all || (known.closed && !known.noted));
         let note = |(number, known): (&u32, &mut super::journal::Known)| {
             known.noted = true;
-            (key::usage(*number), Some(key::usage_value(&known.usage)))
+            (key::usage(*number), key::usage_value(&known.usage))
         };
         due.map(note).collect()
     }

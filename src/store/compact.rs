@@ -68,11 +68,12 @@ impl Store {
         if moved {
             self.checkpoint_in(upkeep, false)?;
         }
-        let mut keys = vec![key::usage(segment)];
         for (lsn, record) in &log.records {
-            keys.extend(self.leftovers(*lsn, record)?);
+            for key in self.leftovers(*lsn, record)? {
+                self.layers.index.remove(&key)?;
+            }
         }
-        self.layers.remove(keys.iter())?;
+        self.layers.index.remove(&key::usage(segment))?;
         // Neither the index nor the table may need the file when it goes.
         self.layers.index.sync()?;
         self.snapshots.rehome(&self.journal, segment)?;

@@ -4,7 +4,7 @@
 //! into the index, and drops it. Readers take the maps under one guard and look at the index after that:
 //! what a checkpoint has dropped by then is in the index already.
 
-use super::index::{Change, Index, Visit};
+use super::index::{Index, Visit};
 use super::key::Pair;
 use crate::error::Result;
 use crate::ids::Lsn;
@@ -16,8 +16,6 @@ type Map = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// Pairs looked at under one guard, so that a long scan holds up no append.
 const PAGE: usize = 512;
-/// Changes of the index after which a batch should end.
-pub(super) const EDIT: usize = 64;
 /// Memory of a map for each pair, besides its bytes.
 const OVERHEAD: usize = 96;
 
@@ -198,23 +196,6 @@ impl Layers {
             page.push((key.clone(), value.clone()));
         }
         page
-    }
-
-    /// Changes the index itself, for keys that are not in memory: all at once, so they should be few.
-    pub(super) fn edit(&self, changes: Vec<Change>) -> Result<()> {
-        if changes.is_empty() { Ok(()) } else { self.index.apply(changes) }
-    }
-
-    /// Removes many pairs from the index, a few at a time.
-    pub(super) fn remove<'a>(&self, keys: impl Iterator<Item = &'a Vec<u8>>) -> Result<()> {
-        let mut changes = Vec::new();
-        for key in keys {
-            changes.push((key.clone(), None));
-            if changes.len() >= EDIT {
-                self.edit(std::mem::take(&mut changes))?;
-            }
-        }
-        self.edit(changes)
     }
 }
 

@@ -6,9 +6,7 @@
 //! deleted, until the index has lost all that died, durably.
 
 use super::Store;
-use super::index::Change;
 use super::key::{self, Aspect, IndexState, Piece, Touch};
-use super::layers::EDIT;
 use super::lookup::{label_at_end, piece_range, runs};
 use super::snapshots::Published;
 use super::types::Retained;
@@ -63,9 +61,12 @@ enum Phase {
 /// What one step does to the index, and to the payloads after that.
 #[derive(Default)]
 struct Step {
-    changes: Vec<Change>,
-    dead: Vec<(Vec<u8>, Vec<u8>)>,
-    born: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Pairs that go, or shrink.
+    dead: Vec<key::Pair>,
+    /// What is left of some of them; with the highest keys first.
+    born: Vec<key::Pair>,
+    /// Keys that say that there is a record, where there is none any more.
+    unmarked: Vec<Vec<u8>>,
     /// Segment, offset and length in bytes.
     punch: Vec<(u32, u64, u64)>,
     blocks: usize,
@@ -158,8 +159,9 @@ impl Store {
 
     fn step_touched(&self, table: &Published, job: &Job) -> Result<Option<Vec<u8>>> {
         let (page, mut next) = self.index_page(&job.cursor, &key::touched(job.from, job.to).1)?;
-        let (mut step, mut blocks) = (Step::default(), 0);
+        let mut blocks = 0;
         for (key, _) in page {
+            let mut step = Step::default();
             let touch = Touch::parse(&key)?;
             let birth = self.birth(touch.ino)?.unwrap_or(Epoch(0));
             let gone = match &touch.aspect {
@@ -176,18 +178,15 @@ impl Store {
                 }
             };
             if gone {
-                step.changes.push((key.clone(), None));
+                step.unmarked.push(key.clone());
             }
-            blocks += std::mem::take(&mut step.blocks);
-            if step.changes.len() >= EDIT {
-                self.carry_out(std::mem::take(&mut step))?;
-            }
+            blocks += step.blocks;
+            self.carry_out(step)?;
             if blocks >= STEP_BLOCKS {
                 next = Some(after(&key));
                 break;
             }
         }
-        self.carry_out(step)?;
         Ok(next)
     }
 
@@ -206,7 +205,6 @@ impl Store {
         let before = before.map_or(Ok(Epoch(0)), |(key, _)| label_at_end(&key))?;
         let dead = table.is_dead(before.max(birth), label_at_end(&key)?);
         if dead {
-            step.changes.push((key.clone(), None));
             step.dead.push((key, value));
         }
         Ok(dead)
@@ -281,15 +279,29 @@ impl Store {
     }
 
     fn forget(&self, dead: Vec<key::Pair>) -> Result<()> {
-        self.layers.remove(dead.iter().map(|(key, _)| key))?;
-        dead.iter().for_each(|(key, value)| self.journal.uncount(key, value));
+        for (key, value) in dead {
+            self.layers.index.remove(&key)?;
+            self.journal.uncount(&key, &value);
+        }
         Ok(())
     }
 
+    /// New parts come before the whole goes, and records before the mark that they exist: cut short, or
+    /// seen half done, this leaves too much and never too little.
     fn carry_out(&self, step: Step) -> Result<()> {
-        self.layers.edit(step.changes)?;
-        step.dead.iter().for_each(|(key, value)| self.journal.uncount(key, value));
-        step.born.iter().for_each(|(key, value)| self.journal.count(key, value));
+        for (key, value) in &step.born {
+            self.layers.index.put(key, value)?;
+            self.journal.count(key, value);
+        }
+        for (key, value) in &step.dead {
+            if !step.born.iter().any(|(born, _)| born == key) {
+                self.layers.index.remove(key)?;
+            }
+            self.journal.uncount(key, value);
+        }
+        for key in &step.unmarked {
+            self.layers.index.remove(key)?;
+        }
         // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
         for (segment, offset, len) in step.punch {
             if let Some(file) = self.journal.file(segment)? {
@@ -304,12 +316,10 @@ impl Step {
     /// Replaces `piece` by its live parts; `dead` is by block of the piece.
     fn split(&mut self, piece: &Piece, dead: &[bool]) {
         let start = usize::from(piece.start);
-        self.changes.push((piece.key(), None));
         self.dead.push((piece.key(), piece.value()));
-        for run in runs(dead) {
+        for run in runs(dead).into_iter().rev() {
             let part = piece.part(start + run.start..start + run.end);
             if !dead[run.start] {
-                self.changes.push((part.key(), Some(part.value())));
                 self.born.push((part.key(), part.value()));
             } else if let Some(place) = &part.place {
                 let (offset, len) = (u64::from(place.block) * BLOCK as u64, run.len() * BLOCK);
