@@ -15,6 +15,10 @@ use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
 
 /// Touched aspects, births or retained files looked at in one step.
 const STEP: usize = 512;
+/// Ranges punched in one step, and ranges to remember; a crash forgets them, and what they held comes back
+/// with its segment.
+const STEP_PUNCHES: usize = 256;
+const MAX_PUNCHES: usize = 1 << 18;
 /// Blocks freed after which a step ends.
 const STEP_BLOCKS: usize = 2048;
 
@@ -48,13 +52,19 @@ struct Job {
     phase: Phase,
     /// Keys before this are done with in this phase.
     cursor: Vec<u8>,
+    /// Payload that has died. Punched out at the end, since until then whole segments may have died.
+    punch: Vec<Range>,
 }
+
+/// Segment, offset and length in bytes.
+type Range = (u32, u64, u64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Touched,
     Retained,
     Births,
+    Punch,
     Finish,
 }
 
@@ -67,8 +77,7 @@ struct Step {
     born: Vec<key::Pair>,
     /// Keys that say that there is a record, where there is none any more.
     unmarked: Vec<Vec<u8>>,
-    /// Segment, offset and length in bytes.
-    punch: Vec<(u32, u64, u64)>,
+    punch: Vec<Range>,
     blocks: usize,
 }
 
@@ -107,7 +116,7 @@ impl Store {
         };
         let done = table.deleting().filter(|k| (from..=to).contains(k)).collect();
         let cursor = key::touched(from, to).0;
-        Some(Job { from, to, done, births, phase: Phase::Touched, cursor })
+        Some(Job { from, to, done, births, phase: Phase::Touched, cursor, punch: Vec::new() })
     }
 
     fn step(
@@ -121,6 +130,7 @@ impl Store {
             Phase::Touched => self.step_touched(&table, job)?,
             Phase::Retained => self.step_retained(&table, job, release)?,
             Phase::Births => self.step_births(&table, job)?,
+            Phase::Punch => self.step_punch(job, STEP_PUNCHES)?.then(Vec::new),
             Phase::Finish => None,
         };
         if let Some(cursor) = next {
@@ -130,7 +140,11 @@ impl Store {
         (job.phase, job.cursor) = match job.phase {
             Phase::Touched => (Phase::Retained, b"r".to_vec()),
             Phase::Retained if job.births => (Phase::Births, b"b".to_vec()),
-            Phase::Retained | Phase::Births | Phase::Finish => (Phase::Finish, Vec::new()),
+            Phase::Retained | Phase::Births => {
+                job.punch = merged(std::mem::take(&mut job.punch));
+                (Phase::Punch, Vec::new())
+            }
+            Phase::Punch | Phase::Finish => (Phase::Finish, Vec::new()),
         };
         if job.phase == Phase::Finish {
             // Durably out of the index before the table forgets that there was something to do.
@@ -157,7 +171,7 @@ impl Store {
         Ok((page, next))
     }
 
-    fn step_touched(&self, table: &Published, job: &Job) -> Result<Option<Vec<u8>>> {
+    fn step_touched(&self, table: &Published, job: &mut Job) -> Result<Option<Vec<u8>>> {
         let (page, mut next) = self.index_page(&job.cursor, &key::touched(job.from, job.to).1)?;
         let mut blocks = 0;
         for (key, _) in page {
@@ -181,11 +195,15 @@ impl Store {
                 step.unmarked.push(key.clone());
             }
             blocks += step.blocks;
-            self.carry_out(step)?;
+            job.punch.extend(self.carry_out(step)?);
             if blocks >= STEP_BLOCKS {
                 next = Some(after(&key));
                 break;
             }
+        }
+        if job.punch.len() > MAX_PUNCHES {
+            job.punch = merged(std::mem::take(&mut job.punch));
+            self.step_punch(job, MAX_PUNCHES / 2)?;
         }
         Ok(next)
     }
@@ -288,7 +306,7 @@ impl Store {
 
     /// New parts come before the whole goes, and records before the mark that they exist: cut short, or
     /// seen half done, this leaves too much and never too little.
-    fn carry_out(&self, step: Step) -> Result<()> {
+    fn carry_out(&self, step: Step) -> Result<Vec<Range>> {
         for (key, value) in &step.born {
             self.layers.index.put(key, value)?;
             self.journal.count(key, value);
@@ -302,14 +320,34 @@ impl Store {
         for key in &step.unmarked {
             self.layers.index.remove(key)?;
         }
-        // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
-        for (segment, offset, len) in step.punch {
-            if let Some(file) = self.journal.file(segment)? {
+        Ok(step.punch)
+    }
+
+    /// Gives some of the dead payload back to the disk; whether there is more.
+    fn step_punch(&self, job: &mut Job, count: usize) -> Result<bool> {
+        for (segment, offset, len) in job.punch.drain(job.punch.len().saturating_sub(count)..) {
+            // A segment without records goes as a whole.
+            let stays = self.journal.known.lock().get(&segment).is_some_and(|known| known.usage.records > 0);
+            // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
+            if stays && let Some(file) = self.journal.file(segment)? {
                 file.punch(offset, len)?;
             }
         }
-        Ok(())
+        Ok(!job.punch.is_empty())
     }
+}
+
+/// The ranges in order, neighbours joined.
+fn merged(mut ranges: Vec<Range>) -> Vec<Range> {
+    ranges.sort_unstable();
+    let mut out: Vec<Range> = Vec::with_capacity(ranges.len());
+    for (segment, offset, len) in ranges {
+        match out.last_mut() {
+            Some(last) if last.0 == segment && last.1 + last.2 == offset => last.2 += len,
+            _ => out.push((segment, offset, len)),
+        }
+    }
+    out
 }
 
 impl Step {
