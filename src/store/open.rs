@@ -260,7 +260,8 @@ impl Recovery {
         let Parts { dir, options, media, uuid, lock, found } = parts;
         self.close_segments(media.as_ref(), uuid)?;
         let (mut table, mut home, highest) = self.newest_table(found.index.as_ref())?;
-        if table.epoch < highest {
+        let abandoned = table.epoch < highest;
+        if abandoned {
             // A cut was under way. Its number is spent: records bear it already.
             (table.epoch, table.version, home) = (highest, table.version + 1, None);
         }
@@ -268,7 +269,9 @@ impl Recovery {
         let next = self.highest + 1;
         let journal = Journal::new(media, uuid, options, self.end, next, preface);
         let rebuilt = self.state.is_none() && !self.logs.is_empty();
-        let sweep = self.state.map_or(rebuilt, |state| state.sweep);
+        // What a cut that was given up has left is walked with the snapshots around it, if there are any.
+        let sweep =
+            self.state.map_or(rebuilt, |state| state.sweep) || (abandoned && table.snapshots.is_empty());
         let store = Store {
             dir: dir.to_path_buf(),
             uuid,

@@ -49,6 +49,8 @@ struct Job {
     done: Vec<Epoch>,
     /// Whether births may have died: the oldest snapshot is among those being deleted.
     births: bool,
+    /// All labels are being looked at.
+    sweep: bool,
     phase: Phase,
     /// Keys before this are done with in this phase.
     cursor: Vec<u8>,
@@ -106,17 +108,19 @@ impl Store {
 
     fn next_job(&self, upkeep: &Upkeep) -> Option<Job> {
         let table = self.snapshots.published();
-        let oldest = table.existing().next();
-        let (from, to, births) = if upkeep.sweep {
-            (Epoch(0), table.epoch, true)
+        let (from, to) = if upkeep.sweep {
+            (Epoch(0), table.epoch)
         } else {
             let k = table.deleting().next()?;
             let next = table.existing().find(|n| *n > k);
-            (k, next.map_or(table.epoch, |n| Epoch(n.0 - 1)), oldest.is_none_or(|oldest| oldest > k))
+            // What is labelled below the oldest snapshot is of cuts that were given up.
+            let oldest = table.existing().next().is_none_or(|oldest| oldest > k);
+            (if oldest { Epoch(0) } else { k }, next.map_or(table.epoch, |n| Epoch(n.0 - 1)))
         };
+        let (births, sweep) = (from == Epoch(0), upkeep.sweep);
         let done = table.deleting().filter(|k| (from..=to).contains(k)).collect();
         let cursor = key::touched(from, to).0;
-        Some(Job { from, to, done, births, phase: Phase::Touched, cursor, punch: Vec::new() })
+        Some(Job { from, to, done, births, sweep, phase: Phase::Touched, cursor, punch: Vec::new() })
     }
 
     fn step(
@@ -153,7 +157,7 @@ impl Store {
                 self.snapshots.drop_deleted(&self.journal, &job.done)?;
             }
             // A sweep counts as done once a checkpoint has said so.
-            upkeep.sweep &= job.from > Epoch(0);
+            upkeep.sweep &= !job.sweep;
             upkeep.segments_due = true;
         }
         Ok(())
