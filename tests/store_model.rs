@@ -322,6 +322,12 @@ impl Test {
         for (k, world) in &self.snapshots {
             self.verify_snapshot(*k, world);
         }
+        for (ino, object) in &self.live.objects {
+            // Without it the object would seem to have been in that snapshot.
+            if self.snapshots.keys().any(|k| *k <= object.birth) {
+                assert_eq!(self.store().birth(*ino).unwrap(), Some(object.birth), "birth of {ino}");
+            }
+        }
         let table = self.store().snapshots();
         let ready: Vec<_> = table.iter().filter(|s| s.state == SnapshotState::Ready).map(|s| s.epoch).collect();
         assert_eq!(ready, self.snapshots.keys().copied().collect::<Vec<_>>());
