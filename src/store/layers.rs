@@ -4,7 +4,7 @@
 //! into the index, and drops it. Readers take the maps under one guard and look at the index after that:
 //! what a checkpoint has dropped by then is in the index already.
 
-use super::index::{Change, Index, Visit};
+use super::index::{Index, Visit};
 use super::key::Pair;
 use crate::error::Result;
 use crate::ids::Lsn;
@@ -209,6 +209,7 @@ impl Layers {
         }
         page
     }
+<<<<<<< HEAD
 
     /// Changes the index itself, for keys that are not in memory.
     pub(super) fn edit(&self, changes: Vec<Change>) -> Result<()> {
@@ -218,6 +219,8 @@ impl Layers {
             self.index.apply(changes)
         }
     }
+=======
+>>>>>>> wip-store
 }
 
 fn bounds<'a>(
