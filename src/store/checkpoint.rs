@@ -41,26 +41,18 @@ impl Store {
             return Ok(());
         }
         carry(self.layers.index.as_ref(), &self.journal, frozen.map.iter())?;
-<<<<<<< HEAD
-        let mut last: Vec<Change> = self.usage_changes(clean);
-        last.push((
-            key::TABLE.to_vec(),
-            Some(key::table_value(home.unwrap_or(u32::MAX), &table)),
-        ));
-        last.push((key::STATE.to_vec(), Some(state.value())));
-        self.layers.index.apply(last)?;
-        self.layers.index.sync()?;
-=======
         let index = &self.layers.index;
         for (key, value) in self.usages(clean) {
             index.put(&key, &value)?;
         }
-        index.put(key::TABLE, &key::table_value(home.unwrap_or(u32::MAX), &table))?;
+        index.put(
+            key::TABLE,
+            &key::table_value(home.unwrap_or(u32::MAX), &table),
+        )?;
         // All of it is durable before the state says that it is there.
         index.sync()?;
         index.put(key::STATE, &state.value())?;
         index.sync()?;
->>>>>>> wip-store
         self.layers.thaw();
         upkeep.written = Some((state, table.version));
         Ok(())
@@ -106,18 +98,5 @@ pub(super) fn carry<'a>(
         }
         index.put(key, value)?;
     }
-<<<<<<< HEAD
-    if batch.is_empty() {
-        Ok(())
-    } else {
-        index.apply(batch)
-    }
-}
-
-/// The changes that remove the pairs.
-pub(super) fn removal(pairs: Vec<Pair>) -> Vec<Change> {
-    pairs.into_iter().map(|(key, _)| (key, None)).collect()
-=======
     Ok(())
->>>>>>> wip-store
 }

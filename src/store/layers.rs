@@ -209,18 +209,6 @@ impl Layers {
         }
         page
     }
-<<<<<<< HEAD
-
-    /// Changes the index itself, for keys that are not in memory.
-    pub(super) fn edit(&self, changes: Vec<Change>) -> Result<()> {
-        if changes.is_empty() {
-            Ok(())
-        } else {
-            self.index.apply(changes)
-        }
-    }
-=======
->>>>>>> wip-store
 }
 
 fn bounds<'a>(

@@ -70,7 +70,10 @@ impl Store {
         let (lock, uuid) = identify(dir, !numbers.is_empty())?;
         let mut found = find_index(dir, &options, uuid)?;
         if found.is_husk() {
-            log::info!("{}: the index holds nothing any more and is made anew", dir.display());
+            log::info!(
+                "{}: the index holds nothing any more and is made anew",
+                dir.display()
+            );
             drop(found);
             found = fresh_index(dir, &options)?;
         }
@@ -322,8 +325,8 @@ impl Recovery {
         let journal = Journal::new(media, uuid, options, self.end, next, preface);
         let rebuilt = self.state.is_none() && !self.logs.is_empty();
         // What a cut that was given up has left is walked with the snapshots around it, if there are any.
-        let sweep =
-            self.state.map_or(rebuilt, |state| state.sweep) || (abandoned && table.snapshots.is_empty());
+        let sweep = self.state.map_or(rebuilt, |state| state.sweep)
+            || (abandoned && table.snapshots.is_empty());
         let store = Store {
             dir: dir.to_path_buf(),
             uuid,

@@ -122,13 +122,14 @@ impl Store {
         } else {
             let k = table.deleting().next()?;
             let next = table.existing().find(|n| *n > k);
-<<<<<<< HEAD
+            // What is labelled below the oldest snapshot is of cuts that were given up.
+            let oldest = table.existing().next().is_none_or(|oldest| oldest > k);
             (
-                k,
+                if oldest { Epoch(0) } else { k },
                 next.map_or(table.epoch, |n| Epoch(n.0 - 1)),
-                oldest.is_none_or(|oldest| oldest > k),
             )
         };
+        let (births, sweep) = (from == Epoch(0), upkeep.sweep);
         let done = table
             .deleting()
             .filter(|k| (from..=to).contains(k))
@@ -139,19 +140,11 @@ impl Store {
             to,
             done,
             births,
+            sweep,
             phase: Phase::Touched,
             cursor,
+            punch: Vec::new(),
         })
-=======
-            // What is labelled below the oldest snapshot is of cuts that were given up.
-            let oldest = table.existing().next().is_none_or(|oldest| oldest > k);
-            (if oldest { Epoch(0) } else { k }, next.map_or(table.epoch, |n| Epoch(n.0 - 1)))
-        };
-        let (births, sweep) = (from == Epoch(0), upkeep.sweep);
-        let done = table.deleting().filter(|k| (from..=to).contains(k)).collect();
-        let cursor = key::touched(from, to).0;
-        Some(Job { from, to, done, births, sweep, phase: Phase::Touched, cursor, punch: Vec::new() })
->>>>>>> wip-store
     }
 
     fn step(
@@ -354,31 +347,9 @@ impl Store {
     }
 
     fn forget(&self, dead: Vec<key::Pair>) -> Result<()> {
-<<<<<<< HEAD
-        self.layers.edit(checkpoint::removal(dead.clone()))?;
-        dead.iter()
-            .for_each(|(key, value)| self.journal.uncount(key, value));
-        Ok(())
-    }
-
-    fn carry_out(&self, step: Step) -> Result<()> {
-        self.layers.edit(step.changes)?;
-        step.dead
-            .iter()
-            .for_each(|(key, value)| self.journal.uncount(key, value));
-        step.born
-            .iter()
-            .for_each(|(key, value)| self.journal.count(key, value));
-        // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
-        for (segment, offset, len) in step.punch {
-            if let Some(file) = self.journal.file(segment)? {
-                file.punch(offset, len)?;
-            }
-=======
         for (key, value) in dead {
             self.layers.index.remove(&key)?;
             self.journal.uncount(&key, &value);
->>>>>>> wip-store
         }
         Ok(())
     }
@@ -406,7 +377,12 @@ impl Store {
     fn step_punch(&self, job: &mut Job, count: usize) -> Result<bool> {
         for (segment, offset, len) in job.punch.drain(job.punch.len().saturating_sub(count)..) {
             // A segment without records goes as a whole.
-            let stays = self.journal.known.lock().get(&segment).is_some_and(|known| known.usage.records > 0);
+            let stays = self
+                .journal
+                .known
+                .lock()
+                .get(&segment)
+                .is_some_and(|known| known.usage.records > 0);
             // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
             if stays && let Some(file) = self.journal.file(segment)? {
                 file.punch(offset, len)?;
