@@ -87,12 +87,20 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// Wraps a failed system call on `path`.
     pub fn path(action: &'static str, path: impl AsRef<Path>, errno: impl Into<Errno>) -> Self {
-        Self::Path { action, path: path.as_ref().to_path_buf(), errno: errno.into() }
+        Self::Path {
+            action,
+            path: path.as_ref().to_path_buf(),
+            errno: errno.into(),
+        }
     }
 
     /// Wraps a [`std::io::Error`] on `path`; one without an errno counts as `EIO`.
     pub fn io(action: &'static str, path: impl AsRef<Path>, error: &std::io::Error) -> Self {
-        Self::path(action, path, Errno::from_io_error(error).unwrap_or(Errno::IO))
+        Self::path(
+            action,
+            path,
+            Errno::from_io_error(error).unwrap_or(Errno::IO),
+        )
     }
 
     /// The errno that a system call on the mount gets.
