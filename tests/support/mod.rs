@@ -143,22 +143,42 @@ fn unescape(field: &[u8]) -> OsString {
     OsString::from_vec(out)
 }
 
-/// The type of the topmost filesystem mounted exactly at `path`.
-pub(crate) fn mount_type(path: &Path) -> Option<String> {
+/// The mount table: mount point and type, in the order of mounting.
+fn mounts() -> Vec<(PathBuf, String)> {
     let mut table = Vec::new();
     File::open("/proc/self/mountinfo")
         .unwrap()
         .read_to_end(&mut table)
         .unwrap();
-    let mut found = None;
+    let mut mounts = Vec::new();
     for line in table.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
         let dash = fields.iter().position(|f| *f == b"-").unwrap();
-        if unescape(fields[4]) == path.as_os_str() {
-            found = Some(String::from_utf8_lossy(fields[dash + 1]).into_owned());
-        }
+        let kind = String::from_utf8_lossy(fields[dash + 1]).into_owned();
+        mounts.push((PathBuf::from(unescape(fields[4])), kind));
     }
-    found
+    mounts
+}
+
+/// The type of the topmost filesystem mounted exactly at `path`.
+pub(crate) fn mount_type(path: &Path) -> Option<String> {
+    mounts()
+        .into_iter()
+        .rev()
+        .find(|(at, _)| at == path)
+        .map(|(_, kind)| kind)
+}
+
+/// Detaches every mount below `dir` that something left there, and ends its daemon.
+pub(crate) fn unmount_below(bin: &Path, dir: &Path) {
+    for (at, _) in mounts()
+        .into_iter()
+        .rev()
+        .filter(|(at, _)| at.starts_with(dir))
+    {
+        kill_daemons(bin, &at);
+        detach(&at);
+    }
 }
 
 /// The processes that run `bin` and have `mnt` as an argument of its own.
@@ -270,7 +290,6 @@ pub(crate) struct Mount {
     pub(crate) mnt: PathBuf,
     bin: PathBuf,
     options: Vec<OsString>,
-    looped: Option<PathBuf>,
     watchdog: Watchdog,
 }
 
@@ -292,7 +311,6 @@ impl Mount {
     fn build(name: &str, limit: Duration, disk: Option<u64>) -> Self {
         let root = scratch(name);
         let (mut backing, mnt) = (root.join("backing"), root.join("mnt"));
-        let mut looped = None;
         if let Some(mib) = disk {
             let (image, disk) = (root.join("disk.img"), root.join("disk"));
             File::create(&image).unwrap().set_len(mib << 20).unwrap();
@@ -311,7 +329,6 @@ impl Mount {
             )
             .success("mount -o loop");
             backing = disk.join("backing");
-            looped = Some(disk);
         }
         fs::create_dir(&backing).unwrap();
         fs::create_dir(&mnt).unwrap();
@@ -428,17 +445,11 @@ impl Mount {
                 Err(error) => result = Err(format!("cowfs umount: {error}")),
             }
         }
-        while mount_type(&self.mnt).is_some() {
-            detach(&self.mnt);
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        detach(&self.mnt);
         if kill_daemons(&self.bin, &self.mnt) > 0 && result.is_ok() {
             result = Err("the daemon outlived its mount".to_owned());
         }
-        if let Some(disk) = &self.looped {
-            let _ = Command::new("umount").arg(disk).status();
-            detach(disk);
-        }
+        unmount_below(&self.bin, &self.root);
         result
     }
 }
