@@ -82,7 +82,7 @@ pub enum Error {
 }
 
 /// The result of nearly everything here.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// Wraps a failed system call on `path`.

@@ -6,11 +6,11 @@ use std::fmt;
 ///
 /// A number that any snapshot refers to stays allocated, because the last link of such an object is moved
 /// into `retained/` and not removed; so the number is unique as long as anything can refer to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ino(pub u64);
 
 /// The number of cuts so far. A pre-image labelled `e` holds the value as of cut `e`; snapshot `k` is cut `k`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(pub u64);
 
 impl Epoch {
@@ -22,7 +22,7 @@ impl Epoch {
 }
 
 /// A journal position: segment number in the high 32 bits, byte offset in its log area in the low 32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lsn(pub u64);
 
 impl fmt::Display for Ino {

@@ -1,2 +1,5 @@
 //! The `cowfs` command.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    cowfs::cli::run(std::env::args_os())
+}

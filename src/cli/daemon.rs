@@ -1,0 +1,148 @@
+//! The daemon in the background: this program started again, in a session of its own.
+//!
+//! The child's stdout is a pipe to the parent. It says `ready`, or an exit code and a message, and nothing else;
+//! then it ends. So the parent knows exactly when the mount is usable, and why it is not.
+
+use super::Failure;
+use crate::config::MountConfig;
+use crate::error::{Error, Result};
+use rustix::process::Signal;
+use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+const READY: &str = "ready";
+
+/// What the daemon is to do.
+pub(super) struct Launch<'a> {
+    pub(super) config: &'a MountConfig,
+    pub(super) verbose: u8,
+    pub(super) log: Option<&'a Path>,
+}
+
+/// Starts the daemon and waits until it is ready, or has said why it cannot be.
+pub(super) fn spawn(launch: &Launch<'_>) -> std::result::Result<(), Failure> {
+    let (said, status) = start(launch)?;
+    match said.split_once('\n') {
+        _ if said == READY => Ok(()),
+        Some((code, message)) => Err(Failure {
+            code: code.parse().unwrap_or(1),
+            message: message.into(),
+        }),
+        None => Err(Failure::from(Error::MountPoint {
+            path: launch.config.mountpoint.clone(),
+            why: format!(
+                "the daemon ended without a word ({}); try `cowfs mount -f -v` to see more",
+                status.map_or("cause unknown".into(), describe)
+            ),
+        })),
+    }
+}
+
+/// Starts the daemon; returns what it said, and how it ended if it did.
+fn start(launch: &Launch<'_>) -> Result<(String, Option<ExitStatus>)> {
+    let program = own_program();
+    let mut command = Command::new(&program);
+    command
+        .arg0(program.file_name().unwrap_or(OsStr::new("cowfs")))
+        .args(["mount", "--foreground", "--daemon", "-o"])
+        .arg(launch.config.to_options());
+    for _ in 0..launch.verbose {
+        command.arg("-v");
+    }
+    if let Some(log) = launch.log {
+        let log = std::path::absolute(log)
+            .map_err(|error| Error::io("cannot open the log", log, &error))?;
+        command.arg("--log").arg(log);
+    }
+    // The canonical mount point is an argument of its own, so that `pgrep -f` and the like find the daemon.
+    command
+        .arg("--")
+        .arg(&launch.config.source)
+        .arg(&launch.config.mountpoint)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    let mut child = command
+        .spawn()
+        .map_err(|error| Error::io("cannot start the daemon", &program, &error))?;
+    let mut said = String::new();
+    if let Some(mut pipe) = child.stdout.take() {
+        pipe.read_to_string(&mut said)
+            .map_err(|error| Error::io("cannot hear from", "the daemon", &error))?;
+    }
+    if said == READY {
+        return Ok((said, None));
+    }
+    let status = child
+        .wait()
+        .map_err(|error| Error::io("cannot wait for", "the daemon", &error))?;
+    Ok((said, Some(status)))
+}
+
+fn own_program() -> PathBuf {
+    match std::env::current_exe() {
+        Ok(program) if program.exists() => program,
+        // The file was replaced or removed; the running program is still there.
+        _ => "/proc/self/exe".into(),
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "cause unknown".into(),
+    }
+}
+
+/// In the daemon: runs `serve`, handing it what to call when the mount is usable, and reports to the parent.
+pub(super) fn report(serve: impl FnOnce(fn() -> Result<()>) -> Result<()>) -> Result<()> {
+    let result = detach().and_then(|()| serve(tell_ready));
+    if let Err(error) = &result {
+        // After `ready` this goes to /dev/null, and the message to the log below.
+        tell(&format!("{}\n{error}", error.exit_code()));
+        log::error!("{error}");
+        std::process::exit(error.exit_code().into());
+    }
+    result
+}
+
+fn detach() -> Result<()> {
+    // Until the mount is ready, whoever interrupts the parent means the daemon.
+    rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+    rustix::process::setsid()?;
+    std::env::set_current_dir("/").map_err(|error| Error::io("cannot enter", "/", &error))
+}
+
+fn tell(text: &str) {
+    let mut out = std::io::stdout();
+    // Nobody listens any more if the parent was killed; the mount is good all the same.
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn tell_ready() -> Result<()> {
+    rustix::process::set_parent_process_death_signal(None)?;
+    tell(READY);
+    // This closes the pipe, which is what the parent waits for.
+    rustix::stdio::dup2_stdout(null()?)?;
+    Ok(())
+}
+
+/// Lets go of the parent's stderr, so that a shell or a service manager does not wait for the daemon.
+pub(super) fn leave_stderr(log: Option<&File>) -> Result<()> {
+    match log {
+        Some(log) => rustix::stdio::dup2_stderr(log)?,
+        None => rustix::stdio::dup2_stderr(null()?)?,
+    }
+    Ok(())
+}
+
+fn null() -> Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .open("/dev/null")
+        .map_err(|error| Error::io("cannot open", "/dev/null", &error))
+}

@@ -1,0 +1,448 @@
+//! `cowfs mount`: check what can be checked with a clear word, then serve, in the foreground or as a daemon.
+
+use super::{Failure, daemon};
+use crate::config::{MountConfig, STORE_DIR, parse_options};
+use crate::control;
+use crate::error::{Error, Result};
+use crate::fuse;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Mount a directory so that snapshots of it can be cut.
+///
+/// The live tree appears at MOUNTPOINT, or at SOURCE itself when no MOUNTPOINT is given. Returns when the mount
+/// is usable. Work in the mount, not in SOURCE: what changes behind the back of cowfs is in no snapshot.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLE)]
+pub(super) struct Args {
+    /// Stay in the foreground; SIGINT and SIGTERM unmount.
+    #[arg(short, long)]
+    foreground: bool,
+    /// Mount options, a list with commas; may be given again. See below.
+    #[arg(short = 'o', value_name = "OPTS")]
+    options: Vec<OsString>,
+    /// Log more; twice for debugging, three times for every request.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Append log messages to FILE [default: stderr in the foreground, nowhere in the background].
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// This process is the daemon: report on stdout, then detach.
+    #[arg(long, hide = true, requires = "foreground")]
+    daemon: bool,
+    /// The directory that holds the data.
+    source: PathBuf,
+    /// Where to mount it [default: SOURCE itself].
+    mountpoint: Option<PathBuf>,
+}
+
+impl Args {
+    /// A mount in the background, without options.
+    pub(super) fn plain(source: PathBuf, mountpoint: PathBuf) -> Self {
+        Self {
+            foreground: false,
+            options: Vec::new(),
+            verbose: 0,
+            log: None,
+            daemon: false,
+            source,
+            mountpoint: Some(mountpoint),
+        }
+    }
+}
+
+const EXAMPLE: &str = "\
+OPTIONS OF -o
+  ro                       nothing can be changed
+  allow_other              other users may use the mount (default for root)
+  no_allow_other           only the user who mounts (default for others)
+  nosuid,nodev,noexec      as for every filesystem
+  noatime                  keep no access times
+  store=DIR                keep the store in DIR, not in SOURCE/.cowfs
+  snapshot-dir=NAME        reach snapshots as NAME, not as .snapshots
+  durability=ordered       sync what snapshots need in the background (default)
+  durability=strict        sync it before each change that it guards
+  cache=write-through      each write reaches cowfs before it returns (the only mode)
+  sync-interval=MS         how often to sync in the background (default 100)
+  fsname=NAME              what the mount table shows as source
+  Permissions are always checked by the kernel (default_permissions). Options of fstab such as defaults, noauto,
+  nofail, user, _netdev and x-* are accepted and mean nothing here. Inside a value write \\, for a comma.
+
+EXAMPLE
+  cowfs mount /srv/data                            over itself
+  cowfs mount -o ro,noatime /srv/data /mnt/data    somewhere else
+  cowfs mount -f -v /srv/data                      in the foreground, with messages
+
+  In /etc/fstab, with `ln -s \"$(command -v cowfs)\" /sbin/mount.fuse.cowfs`:
+  /srv/data  /srv/data  fuse.cowfs  defaults,nofail  0  0";
+
+/// The arguments that mount(8) gives to its helpers.
+#[derive(clap::Parser)]
+#[command(name = "mount.fuse.cowfs", version, after_help = HELPER_EXAMPLE)]
+pub(super) struct HelperArgs {
+    /// The directory that holds the data.
+    source: PathBuf,
+    /// Where to mount it.
+    mountpoint: PathBuf,
+    /// Mount options, a list with commas.
+    #[arg(short = 'o', value_name = "OPTS")]
+    options: Vec<OsString>,
+    /// Fake: check everything, but mount nothing.
+    #[arg(short)]
+    fake: bool,
+    /// Log more.
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Ignored, as are -n, -t and -N.
+    #[arg(short)]
+    sloppy: bool,
+    #[arg(short, hide = true)]
+    no_mtab: bool,
+    #[arg(short, hide = true)]
+    t: Option<String>,
+    #[arg(short = 'N', hide = true)]
+    namespace: Option<PathBuf>,
+}
+
+const HELPER_EXAMPLE: &str = "\
+EXAMPLE
+  mount -t fuse.cowfs /srv/data /srv/data      calls this helper";
+
+pub(super) fn run_as_helper(args: &HelperArgs) -> std::result::Result<(), Failure> {
+    let fake = args.fake;
+    let args = Args {
+        options: args.options.clone(),
+        verbose: args.verbose,
+        ..Args::plain(args.source.clone(), args.mountpoint.clone())
+    };
+    if fake {
+        prepare(&args)?;
+        return Ok(());
+    }
+    run(&args)
+}
+
+pub(super) fn run(args: &Args) -> std::result::Result<(), Failure> {
+    let config = prepare(args);
+    match (args.daemon, args.foreground) {
+        (true, _) => Ok(daemon::report(|ready| serve(config?, args, ready))?),
+        (false, true) => Ok(serve(config?, args, || Ok(()))?),
+        (false, false) => {
+            let config = config?;
+            daemon::spawn(&daemon::Launch {
+                config: &config,
+                verbose: args.verbose,
+                log: args.log.as_deref(),
+            })
+        }
+    }
+}
+
+/// Serves until unmounted. `ready` is told when the mount is usable.
+fn serve(
+    config: MountConfig,
+    args: &Args,
+    ready: impl FnOnce() -> Result<()> + Send,
+) -> Result<()> {
+    let log = args.log.as_deref().map(open_log).transpose()?;
+    start_logging(args.verbose, log.as_ref())?;
+    // The kernel has applied the umask of whoever creates a file; that of this process must not come on top.
+    rustix::process::umask(Mode::empty());
+    let daemon = args.daemon;
+    fuse::serve(config, move || {
+        if daemon && let Err(error) = daemon::leave_stderr(log.as_ref()) {
+            log::warn!("{error}");
+        }
+        if let Err(error) = ready() {
+            log::warn!("{error}");
+        }
+    })
+}
+
+fn open_log(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o640)
+        .open(path)
+        .map_err(|error| Error::io("cannot open the log", path, &error))
+}
+
+fn start_logging(verbose: u8, log: Option<&File>) -> Result<()> {
+    let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
+    let env = env_logger::Env::new().filter_or("COWFS_LOG", level);
+    let mut builder = env_logger::Builder::from_env(env);
+    if let Some(log) = log {
+        let log = log
+            .try_clone()
+            .map_err(|error| Error::io("cannot open", "the log", &error))?;
+        builder.target(env_logger::Target::Pipe(Box::new(log)));
+    }
+    builder.init();
+    Ok(())
+}
+
+/// Checks everything that can be told without opening the store.
+fn prepare(args: &Args) -> Result<MountConfig> {
+    let mut options = parse_options(&args.options)?;
+    let source = check_source(&args.source)?;
+    let mountpoint = match &args.mountpoint {
+        Some(path) => check_mountpoint(path, &source)?,
+        None => check_mountpoint(&source, &source)?,
+    };
+    if let Some(store) = options.store.take() {
+        options.store = Some(check_store(&store, &source, &mountpoint)?);
+    }
+    check_fuse()?;
+    let root = rustix::process::geteuid().is_root();
+    Ok(MountConfig::new(source, mountpoint, options, root))
+}
+
+fn check_source(path: &Path) -> Result<PathBuf> {
+    let refuse = |why: &str| Error::Source {
+        path: path.to_path_buf(),
+        why: why.into(),
+    };
+    let source = std::fs::canonicalize(path)
+        .map_err(Into::into)
+        .and_then(|real| open_directory(&real).map(|()| real))
+        .map_err(|error: Refusal| match error.0 {
+            Errno::NOENT => refuse("no such directory; create it first, or mount another"),
+            Errno::NOTDIR => refuse("not a directory; cowfs mounts directories"),
+            Errno::NOTCONN => control::dead_mount(path),
+            Errno::ACCESS | Errno::PERM => Error::Permission(format!(
+                "{}: not permitted to read the source",
+                path.display()
+            )),
+            errno => refuse(&format!("cannot be opened: {errno}")),
+        })?;
+    let mounts = control::mounts()?;
+    if let Some(mount) = control::mount_of(&source, &mounts).filter(|mount| mount.is_cowfs()) {
+        return Err(refuse(&format!(
+            "it is mounted by cowfs already, at {}; `cowfs umount` that first, or use it as it is",
+            mount.mountpoint.display()
+        )));
+    }
+    for mount in mounts
+        .iter()
+        .filter(|mount| mount.is_cowfs() && mount.source == source)
+    {
+        // A mount that does not answer is dead and holds nothing.
+        if control::status(&mount.mountpoint).is_ok() {
+            return Err(refuse(&format!(
+                "it is mounted by cowfs already, at {}; two mounts of one directory would spoil its snapshots",
+                mount.mountpoint.display()
+            )));
+        }
+    }
+    Ok(source)
+}
+
+fn check_mountpoint(path: &Path, source: &Path) -> Result<PathBuf> {
+    let refuse = |why: String| Error::MountPoint {
+        path: path.to_path_buf(),
+        why,
+    };
+    let place = std::fs::canonicalize(path)
+        .map_err(Into::into)
+        .and_then(|real| stat_directory(&real).map(|()| real))
+        .map_err(|error: Refusal| match error.0 {
+            Errno::NOENT => {
+                refuse("no such directory; create the mount point first (mkdir)".into())
+            }
+            Errno::NOTDIR => refuse("not a directory; a mount point must be one".into()),
+            Errno::NOTCONN => control::dead_mount(path),
+            Errno::ACCESS | Errno::PERM => Error::Permission(format!(
+                "{}: not permitted to reach the mount point",
+                path.display()
+            )),
+            errno => refuse(format!("cannot be used: {errno}")),
+        })?;
+    if place != source && place.starts_with(source) {
+        return Err(refuse(format!(
+            "it is inside the source {}, and the mount would contain itself; choose a mount point outside, \
+             or mount the source over itself (no MOUNTPOINT)",
+            source.display()
+        )));
+    }
+    let mounts = control::mounts()?;
+    let there = control::mount_of(&place, &mounts).filter(|mount| mount.mountpoint == place);
+    match there {
+        Some(mount) if mount.is_cowfs() => Err(refuse(format!(
+            "a cowfs mount (of {}) is there already; `cowfs umount` it first, or choose another place",
+            Path::new(&mount.source).display()
+        ))),
+        Some(mount) if place != source => Err(refuse(format!(
+            "in use: {} (type {}) is mounted there already; unmount it first, or choose another place",
+            Path::new(&mount.source).display(),
+            mount.fstype
+        ))),
+        _ => Ok(place),
+    }
+}
+
+fn check_store(path: &Path, source: &Path, mountpoint: &Path) -> Result<PathBuf> {
+    let refuse = |why: String| Error::Store {
+        path: path.to_path_buf(),
+        why,
+    };
+    let absolute = std::path::absolute(path).map_err(|error| refuse(error.to_string()))?;
+    let store = match std::fs::canonicalize(&absolute) {
+        Ok(real) => {
+            stat_directory(&real).map_err(|error| match error.0 {
+                Errno::NOTDIR => refuse("the store must be a directory".into()),
+                errno => refuse(errno.to_string()),
+            })?;
+            real
+        }
+        Err(_) => {
+            // It may be created; its parent must be there.
+            let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
+                return Err(refuse("cannot be a store".into()));
+            };
+            std::fs::canonicalize(parent)
+                .map_err(|error| refuse(format!("its parent directory: {error}")))?
+                .join(name)
+        }
+    };
+    let own_place = store == source.join(STORE_DIR);
+    if !own_place && (store.starts_with(source) || store.starts_with(mountpoint)) {
+        return Err(refuse(
+            "the store must be outside the source and the mount point (or SOURCE/.cowfs, the default)".into(),
+        ));
+    }
+    Ok(store)
+}
+
+/// An errno on its way to a message.
+struct Refusal(Errno);
+
+impl From<std::io::Error> for Refusal {
+    fn from(error: std::io::Error) -> Self {
+        Self(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}
+
+fn open_directory(path: &Path) -> std::result::Result<(), Refusal> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+        .map(drop)
+        .map_err(Refusal)
+}
+
+fn stat_directory(path: &Path) -> std::result::Result<(), Refusal> {
+    if std::fs::metadata(path)?.is_dir() {
+        Ok(())
+    } else {
+        Err(Refusal(Errno::NOTDIR))
+    }
+}
+
+/// Whether this process can mount at all.
+fn check_fuse() -> Result<()> {
+    let device = Path::new("/dev/fuse");
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(device, flags, Mode::empty()) {
+        Ok(_) => {}
+        Err(Errno::ACCESS | Errno::PERM) => {
+            return Err(Error::Permission(
+                "/dev/fuse: not permitted to open it; be root, or ask for access \
+                 (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
+                    .into(),
+            ));
+        }
+        Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
+            return Err(Error::Permission(
+                "/dev/fuse is missing; load the kernel's FUSE module with `modprobe fuse` \
+                 (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
+                    .into(),
+            ));
+        }
+        Err(errno) => return Err(Error::path("cannot open", device, errno)),
+    }
+    let privileged = rustix::thread::capabilities(None)
+        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
+    if !privileged && !on_path("fusermount3") {
+        return Err(Error::Permission(
+            "not permitted to mount; be root (in a container: --cap-add SYS_ADMIN), \
+             or install fusermount3 (package fuse3)"
+                .into(),
+        ));
+    }
+    Ok(())
+}
+
+fn on_path(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(result: Result<PathBuf>) -> (u8, String) {
+        let error = result.unwrap_err();
+        (error.exit_code(), error.to_string())
+    }
+
+    #[test]
+    fn sources_that_cannot_be_are_refused() {
+        let (code, text) = refusal(check_source(Path::new("/no/such")));
+        assert_eq!(code, 3);
+        assert!(text.starts_with("/no/such: no such directory"), "{text}");
+        let (code, text) = refusal(check_source(Path::new("/proc/self/exe")));
+        assert_eq!(code, 3);
+        assert!(text.contains("not a directory"), "{text}");
+    }
+
+    #[test]
+    fn mount_points_that_cannot_be_are_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let source = std::fs::canonicalize(temp.path()).unwrap();
+        let inside = source.join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        assert!(check_mountpoint(&source, &source).is_ok());
+        assert!(check_mountpoint(&source, &inside).is_ok());
+        let (code, text) = refusal(check_mountpoint(&inside, &source));
+        assert_eq!(code, 4);
+        assert!(text.contains("inside the source"), "{text}");
+        let (code, text) = refusal(check_mountpoint(Path::new("/proc"), &source));
+        assert_eq!(code, 4);
+        assert!(
+            text.contains("(type proc) is mounted there already"),
+            "{text}"
+        );
+        let (code, text) = refusal(check_mountpoint(&source.join("none"), &source));
+        assert_eq!(code, 4);
+        assert!(text.contains("mkdir"), "{text}");
+    }
+
+    #[test]
+    fn the_store_is_outside() {
+        let temp = tempfile::tempdir().unwrap();
+        let base = std::fs::canonicalize(temp.path()).unwrap();
+        let (source, mountpoint) = (base.join("s"), base.join("m"));
+        std::fs::create_dir(&source).unwrap();
+        std::fs::create_dir(&mountpoint).unwrap();
+        std::fs::write(base.join("file"), "").unwrap();
+        let check = |path: &Path| check_store(path, &source, &mountpoint);
+        assert_eq!(check(&base.join("store")).unwrap(), base.join("store"));
+        assert!(check(&source.join(".cowfs")).is_ok());
+        for wrong in [
+            source.clone(),
+            source.join("x"),
+            mountpoint.join("x"),
+            base.join("file"),
+            base.join("no/such"),
+        ] {
+            assert_eq!(refusal(check(&wrong)).0, 6, "{}", wrong.display());
+        }
+    }
+}

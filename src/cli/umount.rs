@@ -1,0 +1,270 @@
+//! `cowfs umount`: detach a mount and wait until its store is written.
+
+use crate::control::{self, MountEntry};
+use crate::error::{Error, Result};
+use crate::sync::channel;
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long the daemon may take to finish writing its store.
+const FINISH: Duration = Duration::from_secs(30);
+/// How long a daemon may take to say who it is.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// Unmount, and return when the daemon has written its store and ended.
+///
+/// The backing directory is then a plain directory with the live tree in it. A mount whose daemon is gone is
+/// detached too.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLE)]
+pub(super) struct Args {
+    /// Detach now, let those who still use the mount finish; do not wait for the daemon.
+    #[arg(short, long)]
+    lazy: bool,
+    /// The mount point.
+    mountpoint: PathBuf,
+}
+
+const EXAMPLE: &str = "\
+EXAMPLE
+  cowfs umount /srv/data";
+
+/// The arguments that umount(8) gives to its helpers.
+#[derive(clap::Parser)]
+#[command(name = "umount.fuse.cowfs", version, after_help = HELPER_EXAMPLE)]
+pub(super) struct HelperArgs {
+    /// The mount point.
+    mountpoint: PathBuf,
+    /// Detach now, clean up later.
+    #[arg(short)]
+    lazy: bool,
+    /// Ignored, as are -n, -r, -v, -t and -N.
+    #[arg(short)]
+    force: bool,
+    #[arg(short, hide = true)]
+    no_mtab: bool,
+    #[arg(short, hide = true)]
+    read_only: bool,
+    #[arg(short, hide = true)]
+    verbose: bool,
+    #[arg(short, hide = true)]
+    t: Option<String>,
+    #[arg(short = 'N', hide = true)]
+    namespace: Option<PathBuf>,
+}
+
+const HELPER_EXAMPLE: &str = "\
+EXAMPLE
+  ln -s \"$(command -v cowfs)\" /sbin/umount.fuse.cowfs   then umount(8) waits for the daemon";
+
+impl From<HelperArgs> for Args {
+    fn from(args: HelperArgs) -> Self {
+        Self {
+            lazy: args.lazy,
+            mountpoint: args.mountpoint,
+        }
+    }
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    unmount(&args.mountpoint, args.lazy)
+}
+
+/// Unmounts the cowfs mount at `path`; unless `lazy`, waits for its daemon.
+pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
+    let place = locate(path)?;
+    let mount = top_mount(path, &place)?;
+    let daemon = if lazy { None } else { daemon_of(&place) };
+    detach(&place, lazy)?;
+    // The daemon lives on while the filesystem is mounted anywhere else.
+    let elsewhere = control::mounts()?
+        .iter()
+        .any(|other| other.device == mount.device && other.is_cowfs());
+    match daemon {
+        Some(daemon) if !elsewhere => wait_for(daemon, &place),
+        _ => Ok(()),
+    }
+}
+
+/// The canonical path, also of a mount point that does not answer.
+fn locate(path: &Path) -> Result<PathBuf> {
+    let error = match std::fs::canonicalize(path) {
+        Ok(place) => return Ok(place),
+        Err(error) => error,
+    };
+    let absolute = std::path::absolute(path).ok();
+    if let Some((parent, name)) = absolute
+        .as_deref()
+        .and_then(|path| Some((path.parent()?, path.file_name()?)))
+        && let Ok(parent) = std::fs::canonicalize(parent)
+    {
+        let place = parent.join(name);
+        if control::mounts()?.iter().any(|m| m.mountpoint == place) {
+            return Ok(place);
+        }
+    }
+    Err(Error::MountPoint {
+        path: path.to_path_buf(),
+        why: error.to_string(),
+    })
+}
+
+fn top_mount(path: &Path, place: &Path) -> Result<MountEntry> {
+    let mounts = control::mounts()?;
+    let refuse = |why: String| {
+        Err(Error::MountPoint {
+            path: path.to_path_buf(),
+            why,
+        })
+    };
+    match control::mount_of(place, &mounts) {
+        Some(mount) if mount.is_cowfs() && mount.mountpoint == place => Ok(mount.clone()),
+        Some(mount) if mount.is_cowfs() => refuse(format!(
+            "it is inside a cowfs mount, not its mount point; `cowfs umount '{}'`",
+            mount.mountpoint.display()
+        )),
+        Some(mount) if mount.mountpoint == place => refuse(format!(
+            "it is a mount of type {}, not of cowfs; use umount(8)",
+            mount.fstype
+        )),
+        _ => refuse("not mounted; `findmnt -t fuse.cowfs` lists the cowfs mounts".into()),
+    }
+}
+
+/// A process, safe against the reuse of its id.
+#[derive(Clone, Copy)]
+struct Process {
+    pid: u32,
+    started: u64,
+}
+
+impl Process {
+    fn find(pid: u32) -> Option<Self> {
+        let started = Self::started(pid)?;
+        Some(Self { pid, started })
+    }
+
+    fn runs(self) -> bool {
+        Self::started(self.pid) == Some(self.started)
+    }
+
+    /// When it was started, in ticks since boot; nothing for one that has ended, reaped or not.
+    fn started(pid: u32) -> Option<u64> {
+        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+        // The name in parentheses may hold anything; the fields after the last one are plain.
+        let after = stat.iter().rposition(|&byte| byte == b')')? + 2;
+        let fields = String::from_utf8_lossy(stat.get(after..)?).into_owned();
+        let mut fields = fields.split(' ');
+        match fields.next()? {
+            "Z" | "X" | "x" => None,
+            _ => fields.nth(18)?.parse().ok(),
+        }
+    }
+}
+
+/// The daemon of a mount that answers in time.
+fn daemon_of(place: &Path) -> Option<Process> {
+    let (answer, asked) = channel::bounded(1);
+    let place = place.to_path_buf();
+    // In a thread of its own: a daemon that hangs must not keep the command from unmounting.
+    std::thread::spawn(move || answer.send(control::status(&place).map_or(0, |status| status.pid)));
+    asked.recv_timeout(ANSWER).ok().and_then(Process::find)
+}
+
+fn detach(place: &Path, lazy: bool) -> Result<()> {
+    let flags = if lazy {
+        UnmountFlags::DETACH
+    } else {
+        UnmountFlags::empty()
+    };
+    match rustix::mount::unmount(place, flags) {
+        Ok(()) => Ok(()),
+        Err(Errno::PERM | Errno::ACCESS) => detach_by_helper(place, lazy),
+        Err(Errno::BUSY) => Err(busy(place)),
+        Err(errno) => Err(Error::path("cannot unmount", place, errno)),
+    }
+}
+
+fn busy(place: &Path) -> Error {
+    Error::MountPoint {
+        path: place.to_path_buf(),
+        why: "in use: a file in it is open, or it is somebody's current directory (`fuser -vm` shows whose); \
+              close it and try again, or `cowfs umount --lazy`"
+            .into(),
+    }
+}
+
+/// Users other than root unmount what they mounted by the set-user-id helper of FUSE.
+fn detach_by_helper(place: &Path, lazy: bool) -> Result<()> {
+    let flags = if lazy { "-uz" } else { "-u" };
+    let run = Command::new("fusermount3")
+        .arg(flags)
+        .arg("--")
+        .arg(place)
+        .stdin(Stdio::null())
+        .output();
+    match run {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            if said.contains("busy") {
+                return Err(busy(place));
+            }
+            Err(Error::Permission(format!(
+                "{}: cannot unmount: {said}",
+                place.display()
+            )))
+        }
+        Err(_) => Err(Error::Permission(format!(
+            "{}: not permitted to unmount; be root, or install fusermount3 (package fuse3)",
+            place.display()
+        ))),
+    }
+}
+
+fn wait_for(daemon: Process, place: &Path) -> Result<()> {
+    let deadline = Instant::now() + FINISH;
+    while daemon.runs() {
+        if Instant::now() >= deadline {
+            return Err(Error::MountPoint {
+                path: place.to_path_buf(),
+                why: format!(
+                    "unmounted, but its daemon (pid {}) is still writing its store after {} s; \
+                     wait for it before the directory is mounted again",
+                    daemon.pid,
+                    FINISH.as_secs()
+                ),
+            });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_runs_and_an_ended_child_does_not() {
+        assert!(Process::find(std::process::id()).unwrap().runs());
+        let mut child = Command::new("true").spawn().unwrap();
+        let process = Process::find(child.id());
+        child.wait().unwrap();
+        assert!(process.is_none_or(|process| !process.runs()));
+    }
+
+    #[test]
+    fn a_plain_directory_is_refused() {
+        let error = unmount(Path::new("/usr"), false).unwrap_err();
+        assert_eq!(error.exit_code(), 4);
+        assert!(error.to_string().contains("not mounted"), "{error}");
+        let error = unmount(Path::new("/proc"), false).unwrap_err();
+        assert!(error.to_string().contains("type proc"), "{error}");
+        let error = unmount(Path::new("/no/such"), false).unwrap_err();
+        assert!(error.to_string().contains("/no/such"), "{error}");
+    }
+}

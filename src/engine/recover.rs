@@ -1,0 +1,87 @@
+//! What opening does after the store has recovered: the pairing of directory and store, and retained objects
+//! whose move a crash interrupted.
+
+use super::Engine;
+use super::backing::Backing;
+use crate::error::{Error, Result};
+use crate::store::{EntryImage, Retained, Store};
+use rustix::fd::AsFd;
+use std::path::Path;
+
+/// Checks that the directory and the store belong together, and notes that they do the first time.
+///
+/// # Errors
+/// [`Error::Store`] when either belongs to another.
+pub fn pair(backing: &Backing, store: &Store, elsewhere: Option<&Path>) -> Result<()> {
+    let shown = elsewhere.map_or_else(|| backing.path.join(".cowfs/store"), Path::to_path_buf);
+    let fail = |why: &str| Error::Store {
+        path: shown.clone(),
+        why: why.into(),
+    };
+    let mark = backing.hidden_path().join("store-id");
+    let id = format!("{:032x}\n", store.uuid());
+    match std::fs::read_to_string(&mark) {
+        Ok(found) if found == id => Ok(()),
+        Ok(_) => Err(fail(
+            "is not the store of this directory, whose snapshots are kept elsewhere; pass the same store= as before",
+        )),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            if store.epoch().0 > 0 {
+                return Err(fail("belongs to another directory; choose an empty store="));
+            }
+            write_durably(&mark, id.as_bytes()).map_err(|e| Error::io("cannot write", &mark, &e))
+        }
+        Err(e) => Err(Error::io("cannot read", &mark, &e)),
+    }
+}
+
+/// Writes a small file under a temporary name, syncs it, and gives it its name.
+fn write_durably(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    std::io::Write::write_all(&mut file, bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    std::fs::File::open(dir)?.sync_all()
+}
+
+/// Finishes or takes back the moves of retained objects that a crash interrupted.
+pub fn retained(engine: &Engine) -> Result<()> {
+    for record in engine.store.retained_all()? {
+        let found = engine.backing.find_retained(record.ino)?;
+        match found {
+            // A second link, made before the last name was to be replaced: that did not happen.
+            Some(found) if record.kind != libc::DT_DIR && found.attr.nlink > 1 => {
+                engine.backing.release_retained(record.ino, false)?;
+                engine.store.forget_retained(record.ino)?;
+            }
+            Some(_) => {}
+            // Recorded, and not moved: either half-way, or the removal did not happen.
+            None if finish_exchange(engine, &record)? => {}
+            None => engine.store.forget_retained(record.ino)?,
+        }
+    }
+    Ok(())
+}
+
+/// A directory that has changed places with its successor is moved to the retained from there.
+fn finish_exchange(engine: &Engine, record: &Retained) -> Result<bool> {
+    let Some((ino, handle, name)) = &record.origin else {
+        return Ok(false);
+    };
+    let dir = EntryImage {
+        ino: *ino,
+        kind: libc::DT_DIR,
+        handle: handle.clone(),
+    };
+    let Ok(fd) = engine.backing.path_fd(&dir) else {
+        return Ok(false);
+    };
+    match engine.backing.find(fd.as_fd(), name)? {
+        Some(found) if found.entry.handle == record.handle => {
+            engine.backing.retain(fd.as_fd(), name, record.ino)?;
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}

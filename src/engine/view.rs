@@ -1,0 +1,219 @@
+//! Snapshots by name and number, and the guards that keep one from vanishing while it is read.
+//!
+//! A request on a snapshot holds a [`Reading`]: what it reads is not reclaimed before it is done. An open file
+//! or directory holds an [`OpenSnapshot`]: the snapshot cannot be deleted at all (`EBUSY`).
+
+use super::Engine;
+use crate::error::{Error, Result};
+use crate::ids::Epoch;
+use crate::store::{SnapshotInfo, SnapshotState, Store, Timestamp};
+use crate::sync::{Arc, AtomicI64, Mutex, Ordering, RwLock};
+use std::collections::{BTreeMap, HashMap};
+
+/// A snapshot that exists, with its users.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Its record.
+    pub info: SnapshotInfo,
+    users: Arc<Users>,
+}
+
+#[derive(Debug, Default)]
+struct Users {
+    readers: AtomicI64,
+    /// Open files and directories; [`DELETED`] once the snapshot is deleted.
+    opens: AtomicI64,
+}
+
+const DELETED: i64 = i64::MIN;
+
+/// The snapshots that exist.
+pub struct Snapshots {
+    table: RwLock<Table>,
+    /// When one was last made, renamed or deleted.
+    changed: Mutex<Timestamp>,
+    /// Deleted ones that a request may still be reading; their space is not reclaimed before it is done.
+    dying: Mutex<Vec<Arc<Users>>>,
+}
+
+#[derive(Default)]
+struct Table {
+    by_epoch: BTreeMap<Epoch, Arc<Snapshot>>,
+    by_name: HashMap<Vec<u8>, Epoch>,
+}
+
+/// A request in progress on a snapshot.
+pub struct Reading {
+    /// The snapshot.
+    pub epoch: Epoch,
+    users: Arc<Users>,
+}
+
+/// An open file or directory of a snapshot.
+pub struct OpenSnapshot {
+    /// The snapshot.
+    pub epoch: Epoch,
+    users: Arc<Users>,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.users.readers.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Drop for OpenSnapshot {
+    fn drop(&mut self) {
+        self.users.opens.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Snapshots {
+    pub(super) fn load(store: &Store) -> Self {
+        let snapshots = Self {
+            table: RwLock::default(),
+            changed: Mutex::new(super::snapshot::now()),
+            dying: Mutex::default(),
+        };
+        for info in store.snapshots().iter() {
+            if info.state != SnapshotState::Deleting {
+                snapshots.insert(info.clone());
+            }
+        }
+        snapshots
+    }
+
+    /// Adds a snapshot, or replaces its record.
+    pub(super) fn insert(&self, info: SnapshotInfo) {
+        let mut table = self.table.write();
+        let users = match table.by_epoch.get(&info.epoch) {
+            Some(old) => {
+                let (name, users) = (old.info.name.clone(), old.users.clone());
+                table.by_name.remove(&name);
+                users
+            }
+            None => Arc::default(),
+        };
+        table.by_name.insert(info.name.clone(), info.epoch);
+        table
+            .by_epoch
+            .insert(info.epoch, Arc::new(Snapshot { info, users }));
+    }
+
+    pub(super) fn remove(&self, epoch: Epoch) {
+        let mut table = self.table.write();
+        if let Some(old) = table.by_epoch.remove(&epoch) {
+            table.by_name.remove(&old.info.name);
+            self.dying.lock().push(old.users.clone());
+        }
+    }
+
+    pub(super) fn epochs(&self) -> Vec<Epoch> {
+        self.table.read().by_epoch.keys().copied().collect()
+    }
+
+    /// The snapshot called `name`.
+    pub fn named(&self, name: &[u8]) -> Option<Arc<Snapshot>> {
+        let table = self.table.read();
+        table.by_epoch.get(table.by_name.get(name)?).cloned()
+    }
+
+    /// Snapshot number `epoch`.
+    pub fn get(&self, epoch: Epoch) -> Option<Arc<Snapshot>> {
+        self.table.read().by_epoch.get(&epoch).cloned()
+    }
+
+    /// All snapshots, oldest first, from number `from` on.
+    pub fn from(&self, from: Epoch) -> Vec<Arc<Snapshot>> {
+        self.table
+            .read()
+            .by_epoch
+            .range(from..)
+            .map(|(_, snapshot)| snapshot.clone())
+            .collect()
+    }
+
+    /// The newest snapshot.
+    pub fn newest(&self) -> Option<Epoch> {
+        self.table.read().by_epoch.keys().next_back().copied()
+    }
+
+    /// Notes that the set of names has changed.
+    pub(super) fn touch(&self) {
+        *self.changed.lock() = super::snapshot::now();
+    }
+
+    /// When the set of names last changed.
+    pub(super) fn changed(&self) -> Timestamp {
+        *self.changed.lock()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.table.read().by_epoch.len()
+    }
+
+    /// Whether no request reads a deleted snapshot any more.
+    pub(super) fn dead_are_unread(&self) -> bool {
+        let mut dying = self.dying.lock();
+        dying.retain(|users| users.readers.load(Ordering::SeqCst) > 0);
+        dying.is_empty()
+    }
+}
+
+impl Snapshot {
+    /// Forbids new users for good; fails, changing nothing, if a file or directory of the snapshot is open.
+    pub(super) fn seal(&self) -> Result<()> {
+        match self
+            .users
+            .opens
+            .compare_exchange(0, DELETED, Ordering::SeqCst, Ordering::SeqCst)
+        {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::SnapshotBusy(
+                String::from_utf8_lossy(&self.info.name).into(),
+            )),
+        }
+    }
+
+    /// Takes [`Self::seal`] back.
+    pub(super) fn unseal(&self) {
+        self.users.opens.store(0, Ordering::SeqCst);
+    }
+}
+
+impl Engine {
+    /// The snapshots that exist.
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.snapshots
+    }
+
+    /// Begins a request on snapshot `epoch`; `ESTALE` once it is deleted.
+    pub fn reading(&self, epoch: Epoch) -> Result<Reading> {
+        let snapshot = self.snapshots.get(epoch).ok_or(Error::Stale)?;
+        snapshot.users.readers.fetch_add(1, Ordering::SeqCst);
+        let reading = Reading {
+            epoch,
+            users: snapshot.users.clone(),
+        };
+        // Counted first, asked second: a deletion that missed the count is seen here.
+        if reading.users.opens.load(Ordering::SeqCst) < 0 {
+            Err(Error::Stale)
+        } else {
+            Ok(reading)
+        }
+    }
+
+    /// Begins the use of an open file or directory of snapshot `epoch`.
+    pub(super) fn open_snapshot(&self, epoch: Epoch) -> Result<OpenSnapshot> {
+        let users = self.snapshots.get(epoch).ok_or(Error::Stale)?.users.clone();
+        let more = |opens: i64| (opens >= 0).then_some(opens + 1);
+        match users
+            .opens
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, more)
+        {
+            Ok(_) => Ok(OpenSnapshot { epoch, users }),
+            Err(_) => Err(Error::Stale),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Segments that hold little or nothing any more: what is live is appended anew, then the file goes.
+
+use super::Store;
+use super::index::Change;
+use super::journal::{Batch, Known};
+use super::key::{self, Piece, segment_of};
+use super::lookup::piece_range;
+use super::reclaim::Upkeep;
+use super::record::{Extent, Record};
+use super::replay::{SegmentLog, read_segment};
+use crate::error::{Error, Result};
+use crate::ids::{BLOCK, CHUNK_BLOCKS, Lsn};
+
+/// A segment is compacted when less than one part in this many of it is live.
+const SPARSE: u64 = 4;
+/// A tail with nothing live in it is left once its segment takes more than this many bytes of the disk.
+const IDLE_TAIL: u64 = 64 << 10;
+
+impl Store {
+    /// Frees one segment; true if there may be more.
+    pub(super) fn segment_step(&self, upkeep: &mut Upkeep) -> Result<bool> {
+        if !upkeep.segments_due {
+            return Ok(false);
+        }
+        self.leave_idle_tail()?;
+        let Some(segment) = self.sparse_segment() else {
+            upkeep.segments_due = false;
+            return Ok(false);
+        };
+        self.free_segment(upkeep, segment)?;
+        Ok(true)
+    }
+
+    fn leave_idle_tail(&self) -> Result<()> {
+        let Some((tail, false)) = self.journal.tail() else { return Ok(()) };
+        let records = self.journal.known.lock().get(&tail).map_or(0, |known| known.usage.records);
+        if records == 0 && self.journal.media.allocated(tail)? > IDLE_TAIL {
+            self.journal.rotate()?;
+        }
+        Ok(())
+    }
+
+    /// A closed segment of which little is live. Never the last one: its number tells how far the journal
+    /// goes.
+    fn sparse_segment(&self) -> Option<u32> {
+        let tail = self.journal.tail().map(|(number, _)| number).or(self.journal.highest());
+        let sparse = |known: &Known| {
+            known.closed
+                && !known.damaged
+                && (known.usage.live * SPARSE < known.usage.used || known.usage.records == 0)
+        };
+        let known = self.journal.known.lock();
+        let found = known.iter().find(|(number, known)| sparse(known) && Some(**number) < tail);
+        found.map(|(number, _)| *number)
+    }
+
+    /// Moves what is live in `segment`, and removes it.
+    fn free_segment(&self, upkeep: &mut Upkeep, segment: u32) -> Result<()> {
+        // What its log speaks of is to be found in the index, not in memory.
+        self.checkpoint_in(upkeep, false)?;
+        let Some(log) = self.log_of(segment)? else {
+            self.journal.known.lock().entry(segment).or_default().damaged = true;
+            return Ok(());
+        };
+        let mut moved = false;
+        for (lsn, record) in &log.records {
+            moved |= self.move_record(*lsn, record)?;
+        }
+        if moved {
+            self.checkpoint_in(upkeep, false)?;
+        }
+        let mut changes = Vec::new();
+        for (lsn, record) in &log.records {
+            changes.extend(self.leftovers(*lsn, record)?);
+        }
+        changes.push((key::usage(segment), None));
+        self.layers.edit(changes)?;
+        // Neither the index nor the table may need the file when it goes.
+        self.layers.index.sync()?;
+        self.snapshots.rehome(&self.journal, segment)?;
+        self.journal.remove(segment)?;
+        log::debug!("segment {segment:x} freed");
+        Ok(())
+    }
+
+    /// The log of a closed segment; `None` if it is damaged and the index may refer to what is not in it.
+    fn log_of(&self, segment: u32) -> Result<Option<SegmentLog>> {
+        let Some(file) = self.journal.file(segment)? else { return Ok(Some(SegmentLog::default())) };
+        let log = read_segment(file.as_ref(), segment, self.uuid, 0, 0)?;
+        if log.sealed.is_some() && log.damage.is_empty() {
+            return Ok(Some(log));
+        }
+        let mut needed = false;
+        self.layers.index.scan(&[], &[u8::MAX], &mut |key, value| {
+            needed = key::footprint(key, value).is_some_and(|footprint| footprint.segment == segment);
+            Ok(!needed)
+        })?;
+        Ok(if needed { None } else { Some(log) })
+    }
+
+    /// Appends what is live of a record anew; whether there was anything.
+    fn move_record(&self, lsn: Lsn, record: &Record) -> Result<bool> {
+        if let Record::Extent(extent) = record {
+            return self.move_extent(lsn, extent);
+        }
+        let Some((key, _)) = key::pairs_of(record, lsn).into_iter().next() else { return Ok(false) };
+        // No other append of the same key may come between the look and the append.
+        let _moving = self.moving.write();
+        let current = self.layers.get(&key)?;
+        let live = match current {
+            Some(value) => key::stamp(&value)?.0 == lsn,
+            None => false,
+        };
+        if live {
+            self.append(Batch { records: vec![record.clone()], payload: &[] })?;
+        }
+        Ok(live)
+    }
+
+    /// Reclaim may have left several parts of an extent: each becomes a record of its own. Their keys come
+    /// after the old one's, so that a scan under way meets one or the other.
+    fn move_extent(&self, lsn: Lsn, extent: &Extent) -> Result<bool> {
+        let parts = self.parts_of(lsn, extent)?;
+        let moved = !parts.is_empty();
+        for part in parts {
+            let mut payload = Vec::new();
+            let mut place = part.place.clone();
+            if let Some(place) = &mut place {
+                payload.resize(usize::from(part.blocks) * BLOCK, 0);
+                let Some(file) = self.journal.file(segment_of(lsn))? else { continue };
+                // Bytes that fail their checksum are moved with it, and go on failing it.
+                file.read_at(&mut payload, u64::from(place.block) * BLOCK as u64)?;
+                place.block = 0;
+            }
+            let first_block = part.chunk * CHUNK_BLOCKS + u64::from(part.start);
+            let (ino, label, blocks) = (part.ino, part.label, part.blocks);
+            let record = Record::Extent(Extent { ino, label, first_block, blocks, place });
+            self.append(Batch { records: vec![record], payload: &payload })?;
+        }
+        Ok(moved)
+    }
+
+    /// What the index has of an extent's record.
+    fn parts_of(&self, lsn: Lsn, extent: &Extent) -> Result<Vec<Piece>> {
+        let (chunk, _) = extent.position();
+        let (from, to) = piece_range(extent.ino, chunk, extent.label, Some(extent.label));
+        let mut parts = Vec::new();
+        self.layers.index.scan(&from, &to, &mut |key, value| {
+            let piece = Piece::parse(key, value)?;
+            if piece.lsn == lsn {
+                parts.push(piece);
+            }
+            Ok(true)
+        })?;
+        Ok(parts)
+    }
+
+    /// The changes that take the last traces of a moved record out of the index.
+    fn leftovers(&self, lsn: Lsn, record: &Record) -> Result<Vec<Change>> {
+        if let Record::Extent(extent) = record {
+            let parts = self.parts_of(lsn, extent)?;
+            return Ok(parts.iter().map(|part| (part.key(), None)).collect());
+        }
+        if let Some((key, _)) = key::pairs_of(record, lsn).first()
+            && let Some(value) = self.layers.index.get(key)?
+            && key::stamp(&value)?.0 == lsn
+        {
+            return Err(Error::Corrupt(format!("record {:x} was not moved", lsn.0)));
+        }
+        Ok(Vec::new())
+    }
+}

@@ -1,0 +1,233 @@
+//! `trait Index`: one ordered map of bytes, in sled or in memory. The only file that names sled.
+//!
+//! sled 0.34 loses what it has not flushed when the process dies, its `flush` is no fsync, and it can panic
+//! on damaged files. Hence: nothing is only here (the journal is the truth), [`Index::sync`] syncs the
+//! files itself, and a panic becomes [`Error::Corrupt`], upon which the next open rebuilds the index.
+
+use super::key::Pair;
+use crate::error::{Error, Result};
+use crate::sync::RwLock;
+use rustix::fs::{Mode, OFlags};
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// A key and its new value; `None` removes the key.
+pub(super) type Change = (Vec<u8>, Option<Vec<u8>>);
+
+/// Is shown each pair of a scan; says whether to go on.
+pub(super) type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<bool>;
+
+/// An ordered map of bytes. Ranges are `from..to`, keys in ascending order.
+pub(super) trait Index: Send + Sync {
+    /// The value of `key`.
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>>;
+    /// Shows the pairs of the range in order. Not isolated from changes made meanwhile, but each
+    /// [`Index::apply`] is seen wholly or not at all at every step.
+    fn scan(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<()>;
+    /// The last pair of the range.
+    fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<Pair>>;
+    /// Makes all the changes at once.
+    fn apply(&self, changes: Vec<Change>) -> Result<()>;
+    /// Makes all changes so far durable.
+    fn sync(&self) -> Result<()>;
+    /// Bytes allocated on disk.
+    fn allocated(&self) -> u64;
+}
+
+/// The index of a store that asks for none on disk.
+#[derive(Debug, Default)]
+pub(super) struct MemoryIndex(RwLock<BTreeMap<Vec<u8>, Vec<u8>>>);
+
+impl Index for MemoryIndex {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        Ok(self.0.read().get(key).cloned())
+    }
+
+    fn scan(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<()> {
+        let mut at = Bound::Included(from.to_vec());
+        loop {
+            // The lock is not held while `visit` runs, which may look at the index again.
+            let next = {
+                let map = self.0.read();
+                let range = (at.as_ref().map(Vec::as_slice), Bound::Excluded(to));
+                let mut range = map.range::<[u8], _>(range);
+                range.next().map(|(k, v)| (k.clone(), v.clone()))
+            };
+            match next {
+                Some((key, value)) if visit(&key, &value)? => at = Bound::Excluded(key),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<Pair>> {
+        let map = self.0.read();
+        let mut range = map.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to)));
+        Ok(range.next_back().map(|(k, v)| (k.clone(), v.clone())))
+    }
+
+    fn apply(&self, changes: Vec<Change>) -> Result<()> {
+        let mut map = self.0.write();
+        for (key, value) in changes {
+            match value {
+                Some(value) => map.insert(key, value),
+                None => map.remove(&key),
+            };
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocated(&self) -> u64 {
+        0
+    }
+}
+
+/// The index on disk: one sled tree.
+pub(super) struct SledIndex {
+    db: sled::Db,
+    path: PathBuf,
+}
+
+/// Bytes of memory that sled may use for pages.
+const CACHE: u64 = 64 << 20;
+/// sled lets go of its lock a moment after its last handle was dropped.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+impl SledIndex {
+    /// Opens the index in the directory `path`, or makes a new one. Any error means: rebuild it.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let begun = Instant::now();
+        loop {
+            let config = sled::Config::new().path(path).cache_capacity(CACHE).flush_every_ms(None);
+            match guarded(|| config.open()) {
+                Ok(db) => return Ok(Self { db, path: path.to_path_buf() }),
+                Err(error) if error.to_string().contains("lock") && begun.elapsed() < LOCK_PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl SledIndex {
+    /// Whether an earlier process could not read the index at `path`.
+    pub(super) fn is_condemned(path: &Path) -> bool {
+        mark(path).exists()
+    }
+
+    /// Takes back that the index at `path` is bad, after it was removed.
+    pub(super) fn pardon(path: &Path) {
+        let _ = std::fs::remove_file(mark(path));
+    }
+
+    /// Runs sled; if that fails, has the next open rebuild the index.
+    fn run<T>(&self, run: impl FnOnce() -> sled::Result<T>) -> Result<T> {
+        guarded(run).inspect_err(|error| {
+            log::error!("{error}");
+            if matches!(error, Error::Corrupt(_)) {
+                // If the mark cannot be made, the next open finds the damage by itself or meets it again.
+                let _ = std::fs::write(mark(&self.path), "the index could not be read\n");
+            }
+        })
+    }
+}
+
+fn mark(path: &Path) -> PathBuf {
+    path.with_extension("bad")
+}
+
+/// Runs sled; its errors and panics are [`Error::Corrupt`], or the errno if it met one.
+fn guarded<T>(run: impl FnOnce() -> sled::Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(sled::Error::Io(error))) if error.raw_os_error().is_some() => {
+            Err(Error::io("cannot use", "index", &error))
+        }
+        Ok(Err(error)) => Err(Error::Corrupt(format!("index: {error}"))),
+        Err(_) => Err(Error::Corrupt("index: sled gave up on its files".into())),
+    }
+}
+
+impl Index for SledIndex {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        Ok(self.run(|| self.db.get(key))?.map(|value| value.to_vec()))
+    }
+
+    fn scan(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<()> {
+        let mut range = self.db.range::<&[u8], _>(from..to);
+        while let Some((key, value)) = self.run(|| range.next().transpose())? {
+            if !visit(&key, &value)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<Pair>> {
+        let mut range = self.db.range::<&[u8], _>(from..to);
+        let last = self.run(|| range.next_back().transpose())?;
+        Ok(last.map(|(key, value)| (key.to_vec(), value.to_vec())))
+    }
+
+    fn apply(&self, changes: Vec<Change>) -> Result<()> {
+        let mut batch = sled::Batch::default();
+        for (key, value) in changes {
+            match value {
+                Some(value) => batch.insert(key, value),
+                None => batch.remove(key),
+            }
+        }
+        self.run(|| self.db.apply_batch(batch))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.run(|| self.db.flush())?;
+        sync_tree(&self.path)
+    }
+
+    fn allocated(&self) -> u64 {
+        allocated(&self.path)
+    }
+}
+
+/// Syncs every file below `dir`, and the directories. sled may remove files meanwhile.
+fn sync_tree(dir: &Path) -> Result<()> {
+    let failed = |error: std::io::Error| Error::io("cannot sync", dir, &error);
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().map_err(failed)?.is_dir() {
+            sync_tree(&entry.path())?;
+        } else {
+            sync_path(&entry.path(), OFlags::empty())?;
+        }
+    }
+    sync_path(dir, OFlags::DIRECTORY)
+}
+
+fn sync_path(path: &Path, flags: OFlags) -> Result<()> {
+    let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(fd) => rustix::fs::fsync(&fd).map_err(|errno| Error::path("cannot sync", path, errno)),
+        Err(rustix::io::Errno::NOENT) => Ok(()),
+        Err(errno) => Err(Error::path("cannot sync", path, errno)),
+    }
+}
+
+fn allocated(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    let sizes = entries.flatten().map(|entry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => allocated(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    });
+    sizes.sum()
+}

@@ -1,0 +1,469 @@
+//! The journal: append, rotate. (Making it durable is in commit.rs, reading it back in replay.rs.)
+//!
+//! An append reserves its place under a short lock, writes its payload under none, and writes its header
+//! under the lock of its segment's log. So headers stand in the log without gaps, and a process that dies
+//! loses only records whose append had not returned.
+
+use super::commit::{Durability, Poison};
+use super::key::{self, Usage, segment_of};
+use super::media::{Media, MediaFile};
+use super::record::{self, Body, Record, SEAL_LEN};
+use super::types::StoreOptions;
+use crate::error::{Error, Result};
+use crate::ids::{BLOCK, Lsn};
+use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
+use hashlink::LruCache;
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+
+/// Files of old segments kept open for readers.
+const OPEN_FILES: usize = 128;
+
+/// What is appended at once. Extents name their place in blocks from the start of `payload`.
+#[derive(Debug, Default)]
+pub(super) struct Batch<'a> {
+    pub(super) records: Vec<Record>,
+    /// Whole blocks.
+    pub(super) payload: &'a [u8],
+}
+
+/// One file of the journal that this process has written to.
+pub(super) struct Segment {
+    pub(super) number: u32,
+    pub(super) file: Arc<dyn MediaFile>,
+    log_area: u64,
+    /// Guards the order of the headers; held while one is written and put into the memtable.
+    log: Mutex<Log>,
+    /// Where the log ends: `log.end`, to be read without the lock.
+    pub(super) end: AtomicU32,
+    /// Up to where the log is durable, with all payloads of the records before it.
+    pub(super) synced: AtomicU32,
+    /// Appends that have a place here and are not finished.
+    in_flight: AtomicU32,
+    /// No append will get a place here any more.
+    left: AtomicBool,
+    pub(super) sealed: AtomicBool,
+    /// Where the reserved payloads end; final once the segment is left.
+    payload_end: AtomicU64,
+}
+
+struct Log {
+    end: u32,
+}
+
+/// The segment that appends get their places in.
+struct Tail {
+    segment: Arc<Segment>,
+    /// Bytes of the log that are promised.
+    log: u64,
+    /// Where the next payload goes.
+    payload: u64,
+    /// Nothing but the preface is in it.
+    fresh: bool,
+}
+
+/// A place for one batch.
+struct Place {
+    segment: Arc<Segment>,
+    payload: u64,
+}
+
+/// What is known of a segment, for reclaim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Known {
+    pub(super) usage: Usage,
+    /// Nothing will be appended to it any more.
+    pub(super) closed: bool,
+    /// It has a record that cannot be read, so what refers to it is not known.
+    pub(super) damaged: bool,
+    /// The index has `usage.used` of it.
+    pub(super) noted: bool,
+}
+
+/// The journal. Locks, in the order in which they may be taken: `making`, `tail`, `spare`, `open`, a
+/// segment's `log`, `known`; `files` by itself.
+pub(super) struct Journal {
+    pub(super) media: Arc<dyn Media>,
+    pub(super) uuid: u128,
+    options: StoreOptions,
+    /// Guards who reserves what.
+    tail: Mutex<Option<Tail>>,
+    /// The segment after the tail, made before it is needed.
+    spare: Mutex<Option<Arc<Segment>>>,
+    /// Held while a spare is made, so that only one is.
+    making: Mutex<()>,
+    /// Segments of this process that are not yet known to be sealed and durable; ascending.
+    pub(super) open: Mutex<Vec<Arc<Segment>>>,
+    files: Mutex<LruCache<u32, Arc<dyn MediaFile>>>,
+    /// All segments there are.
+    pub(super) known: Mutex<BTreeMap<u32, Known>>,
+    /// The snapshot table, for the start of each new segment.
+    preface: Mutex<Arc<Record>>,
+    next: AtomicU32,
+    /// The end of what recovery found.
+    recovered: Lsn,
+    appended: AtomicU64,
+    pub(super) durability: Durability,
+    pub(super) poison: Poison,
+}
+
+impl Journal {
+    /// A journal that goes on after `recovered`, in a new segment numbered `next`.
+    pub(super) fn new(
+        media: Arc<dyn Media>,
+        uuid: u128,
+        options: StoreOptions,
+        recovered: Lsn,
+        next: u32,
+        preface: Record,
+    ) -> Self {
+        Self {
+            media,
+            uuid,
+            options,
+            tail: Mutex::new(None),
+            spare: Mutex::new(None),
+            making: Mutex::new(()),
+            open: Mutex::new(Vec::new()),
+            files: Mutex::new(LruCache::new(OPEN_FILES)),
+            known: Mutex::new(BTreeMap::new()),
+            preface: Mutex::new(Arc::new(preface)),
+            next: AtomicU32::new(next),
+            recovered,
+            appended: AtomicU64::new(0),
+            durability: Durability::default(),
+            poison: Poison::default(),
+        }
+    }
+
+    /// Appends the records and shows them to `publish` before anybody can append after them in the same
+    /// segment. Returns the number of the last.
+    ///
+    /// # Errors
+    /// An I/O error poisons the journal (I7), except those that pass, such as `ENOSPC`: then nothing was
+    /// appended and the call may be made again.
+    pub(super) fn append(&self, batch: Batch<'_>, publish: impl FnOnce(Vec<(Record, Lsn)>)) -> Result<Lsn> {
+        self.poison.check()?;
+        batch.records.iter().try_for_each(Record::check)?;
+        let bodies: Vec<Vec<u8>> = batch.records.iter().map(Record::body).collect();
+        let log_len: usize = bodies.iter().map(|body| record::frame_len(body.len())).sum();
+        let spill_len: usize = bodies.iter().map(|body| record::spill_len(body.len())).sum();
+        let place = self.reserve(log_len as u64, (batch.payload.len() + spill_len) as u64)?;
+        let result = self.write(&place, batch, bodies, publish);
+        if let Err(error) = &result {
+            self.poison.fail(error);
+        }
+        place.segment.in_flight.fetch_sub(1, Ordering::SeqCst);
+        let sealed = self.seal_if_done(&place.segment);
+        result.and_then(|lsn| sealed.map(|()| lsn))
+    }
+
+    fn write(
+        &self,
+        place: &Place,
+        batch: Batch<'_>,
+        bodies: Vec<Vec<u8>>,
+        publish: impl FnOnce(Vec<(Record, Lsn)>),
+    ) -> Result<Lsn> {
+        let segment = &place.segment;
+        if !batch.payload.is_empty() {
+            segment.file.write_at(batch.payload, place.payload)?;
+        }
+        let mut spill = place.payload + batch.payload.len() as u64;
+        let first_block = (place.payload / BLOCK as u64) as u32;
+        let mut records = Vec::with_capacity(batch.records.len());
+        for (mut record, body) in batch.records.into_iter().zip(bodies) {
+            let body = match &mut record {
+                Record::Extent(extent) if extent.place.is_some() => {
+                    extent.place.iter_mut().for_each(|p| p.block += first_block);
+                    Body::Inline(record.body())
+                }
+                _ => spilled(segment, body, &mut spill)?,
+            };
+            records.push((record, body));
+        }
+        let mut log = segment.log.lock();
+        let mut bytes = Vec::new();
+        let mut done = Vec::with_capacity(records.len());
+        let mut last = Lsn(0);
+        for (record, body) in records {
+            last = lsn_at(segment.number, log.end + bytes.len() as u32);
+            record::put_frame(&mut bytes, self.uuid, record.kind(), &body, last);
+            done.push((record, last));
+        }
+        segment.file.write_at(&bytes, u64::from(log.end))?;
+        self.appended.fetch_add(done.len() as u64, Ordering::Relaxed);
+        publish(done);
+        log.end += bytes.len() as u32;
+        segment.end.store(log.end, Ordering::SeqCst);
+        Ok(last)
+    }
+
+    fn reserve(&self, log_len: u64, payload_len: u64) -> Result<Place> {
+        if log_len > self.options.log_area / 2 {
+            return Err(Error::Os(Errno::INVAL));
+        }
+        loop {
+            let mut tail = self.tail.lock();
+            if let Some(tail) = tail.as_mut()
+                && tail.fits(log_len, payload_len, self.options.segment_size)
+            {
+                return Ok(tail.take(log_len, payload_len));
+            }
+            let Some(spare) = self.spare.lock().take() else {
+                drop(tail);
+                self.prepare()?;
+                continue;
+            };
+            let left = self.enter(&mut tail, spare);
+            drop(tail);
+            if let Some(left) = left {
+                self.seal_if_done(&left)?;
+            }
+        }
+    }
+
+    /// Makes `segment` the tail; returns the one that was, in which nothing more gets a place.
+    fn enter(&self, tail: &mut Option<Tail>, segment: Arc<Segment>) -> Option<Arc<Segment>> {
+        self.open.lock().push(segment.clone());
+        let log = u64::from(segment.end.load(Ordering::SeqCst));
+        let payload = segment.payload_end.load(Ordering::SeqCst);
+        let left = tail.replace(Tail { segment, log, payload, fresh: true })?;
+        left.segment.payload_end.store(left.payload, Ordering::SeqCst);
+        left.segment.left.store(true, Ordering::SeqCst);
+        Some(left.segment)
+    }
+
+    /// Leaves the tail, so that it can be reclaimed. The next append goes to a new segment.
+    pub(super) fn rotate(&self) -> Result<()> {
+        self.poison.check()?;
+        self.prepare()?;
+        let mut tail = self.tail.lock();
+        if tail.as_ref().is_none_or(|tail| tail.fresh) {
+            return Ok(());
+        }
+        let Some(spare) = self.spare.lock().take() else { return Ok(()) };
+        let left = self.enter(&mut tail, spare);
+        drop(tail);
+        left.map_or(Ok(()), |left| self.seal_if_done(&left))
+    }
+
+    /// Makes the spare segment if there is none. No append waits for this that finds place in the tail.
+    fn prepare(&self) -> Result<()> {
+        let _making = self.making.lock();
+        if self.spare.lock().is_none() {
+            let segment = self.create().inspect_err(|error| self.poison.fail(error))?;
+            *self.spare.lock() = Some(segment);
+        }
+        Ok(())
+    }
+
+    /// Makes the spare segment early, if the tail is more than half full.
+    pub(super) fn prepare_early(&self) -> Result<()> {
+        let half_full = self.tail.lock().as_ref().is_some_and(|tail| {
+            tail.log > self.options.log_area / 2 || tail.payload > self.options.segment_size / 2
+        });
+        if half_full { self.prepare() } else { Ok(()) }
+    }
+
+    fn create(&self) -> Result<Arc<Segment>> {
+        let number = self.next.fetch_add(1, Ordering::SeqCst);
+        let file = self.media.create(number)?;
+        self.durability.names_changed();
+        let log_area = self.options.log_area;
+        let segment = Segment {
+            number,
+            file: file.clone(),
+            log_area,
+            log: Mutex::new(Log { end: 0 }),
+            end: AtomicU32::new(0),
+            synced: AtomicU32::new(0),
+            in_flight: AtomicU32::new(0),
+            left: AtomicBool::new(false),
+            sealed: AtomicBool::new(false),
+            payload_end: AtomicU64::new(log_area),
+        };
+        let written = self.write_preface(&segment);
+        if written.is_err() {
+            // A file without a header is ignored and removed at the next open, if this fails too.
+            let _ = self.media.remove(number);
+        }
+        written?;
+        self.known.lock().insert(number, Known::default());
+        self.files.lock().insert(number, file);
+        Ok(Arc::new(segment))
+    }
+
+    /// The header of the segment, and the snapshot table, so that older segments can go.
+    fn write_preface(&self, segment: &Segment) -> Result<()> {
+        let header = Record::Segment { uuid: self.uuid, number: segment.number, log_area: segment.log_area };
+        let table = self.preface.lock().clone();
+        let mut spill = segment.log_area;
+        let mut bytes = Vec::new();
+        for record in [&header, &table] {
+            let body = spilled(segment, record.body(), &mut spill)?;
+            let lsn = lsn_at(segment.number, bytes.len() as u32);
+            record::put_frame(&mut bytes, self.uuid, record.kind(), &body, lsn);
+        }
+        segment.file.write_at(&bytes, 0)?;
+        segment.log.lock().end = bytes.len() as u32;
+        segment.end.store(bytes.len() as u32, Ordering::SeqCst);
+        segment.payload_end.store(spill, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Writes the seal of a segment that was left and in which no append is under way.
+    fn seal_if_done(&self, segment: &Segment) -> Result<()> {
+        let done = || {
+            segment.left.load(Ordering::SeqCst)
+                && segment.in_flight.load(Ordering::SeqCst) == 0
+                && !segment.sealed.load(Ordering::SeqCst)
+        };
+        if !done() || self.poison.check().is_err() {
+            return Ok(());
+        }
+        let mut log = segment.log.lock();
+        if !done() {
+            return Ok(());
+        }
+        let payload = segment.payload_end.load(Ordering::SeqCst) - segment.log_area;
+        let used = u64::from(log.end + SEAL_LEN) + payload;
+        write_seal(segment.file.as_ref(), self.uuid, lsn_at(segment.number, log.end), used)
+            .inspect_err(|error| self.poison.fail(error))?;
+        log.end += SEAL_LEN;
+        segment.end.store(log.end, Ordering::SeqCst);
+        // Before it counts as sealed, so that a checkpoint that passes it notes its size too.
+        if let Some(known) = self.known.lock().get_mut(&segment.number) {
+            known.usage.used = used;
+            known.closed = true;
+        }
+        segment.sealed.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Calls `swap` with a place in the journal before which every record has been published, at a moment
+    /// at which that is so.
+    pub(super) fn at_checkpoint(&self, swap: impl FnOnce(Lsn)) {
+        let first = self.open.lock().iter().find(|s| !s.sealed.load(Ordering::SeqCst)).cloned();
+        // Segments before `first` are sealed: all that was appended to them is published. Appends to later
+        // ones may be published too; replaying those twice is harmless.
+        match first {
+            None => swap(self.recovered),
+            Some(segment) => {
+                let log = segment.log.lock();
+                swap(lsn_at(segment.number, log.end));
+            }
+        }
+    }
+
+    /// The file of a segment; `None` if it has been removed.
+    pub(super) fn file(&self, number: u32) -> Result<Option<Arc<dyn MediaFile>>> {
+        if let Some(file) = self.files.lock().get(&number) {
+            return Ok(Some(file.clone()));
+        }
+        let file = self.media.open(number)?;
+        if let Some(file) = &file {
+            self.files.lock().insert(number, file.clone());
+        }
+        Ok(file)
+    }
+
+    /// Removes a segment for good.
+    pub(super) fn remove(&self, number: u32) -> Result<()> {
+        self.files.lock().remove(&number);
+        self.media.remove(number)?;
+        self.media.sync_names()?;
+        self.known.lock().remove(&number);
+        Ok(())
+    }
+
+    /// Adds an index entry to the usage of its segment.
+    pub(super) fn count(&self, key: &[u8], value: &[u8]) {
+        if let Some(footprint) = key::footprint(key, value) {
+            self.known.lock().entry(footprint.segment).or_default().usage.add(&footprint);
+        }
+    }
+
+    /// Takes an index entry off the usage of its segment.
+    pub(super) fn uncount(&self, key: &[u8], value: &[u8]) {
+        if let Some(footprint) = key::footprint(key, value)
+            && let Some(known) = self.known.lock().get_mut(&footprint.segment)
+        {
+            known.usage.sub(&footprint);
+        }
+    }
+
+    /// The table that new segments begin with from now on. One that was made early gives its place up to
+    /// no better one: of several tables in the journal the newest holds.
+    pub(super) fn set_preface(&self, table: Record) {
+        *self.preface.lock() = Arc::new(table);
+    }
+
+    /// Records appended since the journal was opened.
+    pub(super) fn appended(&self) -> u64 {
+        self.appended.load(Ordering::Relaxed)
+    }
+
+    /// The segment that appends go to, and how full its log is; `None` before the first append.
+    pub(super) fn tail(&self) -> Option<(u32, bool)> {
+        self.tail.lock().as_ref().map(|tail| (tail.segment.number, tail.fresh))
+    }
+
+    /// The highest number of a segment there is.
+    pub(super) fn highest(&self) -> Option<u32> {
+        self.known.lock().last_key_value().map(|(number, _)| *number)
+    }
+}
+
+impl Tail {
+    fn fits(&self, log_len: u64, payload_len: u64, segment_size: u64) -> bool {
+        let log_fits = self.log + log_len + u64::from(SEAL_LEN) <= self.segment.log_area;
+        // A payload larger than a whole segment gets one of its own, which is then larger.
+        log_fits && (payload_len == 0 || self.fresh || self.payload + payload_len <= segment_size)
+    }
+
+    fn take(&mut self, log_len: u64, payload_len: u64) -> Place {
+        let place = Place { segment: self.segment.clone(), payload: self.payload };
+        self.log += log_len;
+        self.payload += payload_len;
+        self.fresh = false;
+        self.segment.in_flight.fetch_add(1, Ordering::SeqCst);
+        place
+    }
+}
+
+/// A body as it goes into the log: itself, or the place in the payload area where this has written it.
+fn spilled(segment: &Segment, mut body: Vec<u8>, at: &mut u64) -> Result<Body> {
+    let padded = record::spill_len(body.len());
+    if padded == 0 {
+        return Ok(Body::Inline(body));
+    }
+    let (offset, len) = (*at, body.len() as u32);
+    let crc = crc32c::crc32c(&body);
+    body.resize(padded, 0);
+    segment.file.write_at(&body, offset)?;
+    *at += padded as u64;
+    Ok(Body::Spilled { offset, len, crc })
+}
+
+/// Writes a seal at `lsn`.
+pub(super) fn write_seal(file: &dyn MediaFile, uuid: u128, lsn: Lsn, used: u64) -> Result<()> {
+    let seal = Record::Seal { used };
+    let mut bytes = Vec::new();
+    record::put_frame(&mut bytes, uuid, seal.kind(), &Body::Inline(seal.body()), lsn);
+    debug_assert_eq!(bytes.len(), SEAL_LEN as usize);
+    file.write_at(&bytes, u64::from(offset_of(lsn)))
+}
+
+pub(super) fn lsn_at(segment: u32, offset: u32) -> Lsn {
+    Lsn(u64::from(segment) << 32 | u64::from(offset))
+}
+
+pub(super) fn offset_of(lsn: Lsn) -> u32 {
+    lsn.0 as u32
+}
+
+/// Segment and offset of `lsn`.
+pub(super) fn split(lsn: Lsn) -> (u32, u32) {
+    (segment_of(lsn), offset_of(lsn))
+}

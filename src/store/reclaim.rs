@@ -1,0 +1,321 @@
+//! Space after deletion, in small steps that may be interrupted anywhere.
+//!
+//! To delete snapshot `k`, whose next existing one is `n`, only records labelled `k..n` can have died: one
+//! labelled `n` or later that served `k` serves `n` as well. A second walk over the same labels is
+//! harmless, so a step needs no record of its own: the snapshot stays in the table, marked as being
+//! deleted, until the index has lost all that died, durably.
+
+use super::index::Change;
+use super::key::{self, Aspect, IndexState, Piece, Touch};
+use super::lookup::{label_at_end, piece_range, runs};
+use super::snapshots::Published;
+use super::types::Retained;
+use super::{Store, checkpoint};
+use crate::error::Result;
+use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
+
+/// Touched aspects, births or retained files looked at in one step.
+const STEP: usize = 512;
+/// Blocks freed after which a step ends.
+const STEP_BLOCKS: usize = 2048;
+
+/// The state of the background job.
+#[derive(Debug)]
+pub(super) struct Upkeep {
+    job: Option<Job>,
+    /// The index was rebuilt, which may have brought dead records back: look at all labels.
+    pub(super) sweep: bool,
+    /// Segments may have become empty or nearly so.
+    pub(super) segments_due: bool,
+    /// What the index says of itself, and the version of its table.
+    pub(super) written: Option<(IndexState, u64)>,
+}
+
+impl Upkeep {
+    pub(super) fn new(sweep: bool) -> Self {
+        Self { job: None, sweep, segments_due: true, written: None }
+    }
+}
+
+/// A walk over some labels.
+#[derive(Debug)]
+struct Job {
+    from: Epoch,
+    to: Epoch,
+    /// The snapshots that are gone when the walk is done.
+    done: Vec<Epoch>,
+    /// Whether births may have died: the oldest snapshot is among those being deleted.
+    births: bool,
+    phase: Phase,
+    /// Keys before this are done with in this phase.
+    cursor: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Touched,
+    Retained,
+    Births,
+    Finish,
+}
+
+/// What one step does to the index, and to the payloads after that.
+#[derive(Default)]
+struct Step {
+    changes: Vec<Change>,
+    dead: Vec<(Vec<u8>, Vec<u8>)>,
+    born: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Segment, offset and length in bytes.
+    punch: Vec<(u32, u64, u64)>,
+    blocks: usize,
+}
+
+impl Store {
+    /// One bounded step of freeing what deleted snapshots held; true while there is more to do. Retained
+    /// files that no snapshot shows any more are handed to `release`, which removes the file (it may be
+    /// gone already), and are then forgotten.
+    ///
+    /// # Errors
+    /// Those of the journal, of the index, and of `release`; the next call takes up where this one failed.
+    pub fn reclaim(&self, release: &dyn Fn(&Retained) -> Result<()>) -> Result<bool> {
+        let mut upkeep = self.upkeep.lock();
+        if upkeep.job.is_none() {
+            let Some(job) = self.next_job(&upkeep) else { return self.segment_step(&mut upkeep) };
+            // From here on everything that the walk may have to remove is in the index and not in memory.
+            self.checkpoint_in(&mut upkeep, false)?;
+            upkeep.job = Some(job);
+        }
+        let Some(mut job) = upkeep.job.take() else { return Ok(true) };
+        let result = self.step(&mut upkeep, &mut job, release);
+        if job.phase != Phase::Finish || result.is_err() {
+            upkeep.job = Some(job);
+        }
+        result.map(|()| true)
+    }
+
+    fn next_job(&self, upkeep: &Upkeep) -> Option<Job> {
+        let table = self.snapshots.published();
+        let oldest = table.existing().next();
+        let (from, to, births) = if upkeep.sweep {
+            (Epoch(0), table.epoch, true)
+        } else {
+            let k = table.deleting().next()?;
+            let next = table.existing().find(|n| *n > k);
+            (k, next.map_or(table.epoch, |n| Epoch(n.0 - 1)), oldest.is_none_or(|oldest| oldest > k))
+        };
+        let done = table.deleting().filter(|k| (from..=to).contains(k)).collect();
+        let cursor = key::touched(from, to).0;
+        Some(Job { from, to, done, births, phase: Phase::Touched, cursor })
+    }
+
+    fn step(
+        &self,
+        upkeep: &mut Upkeep,
+        job: &mut Job,
+        release: &dyn Fn(&Retained) -> Result<()>,
+    ) -> Result<()> {
+        let table = self.snapshots.published();
+        let next = match job.phase {
+            Phase::Touched => self.step_touched(&table, job)?,
+            Phase::Retained => self.step_retained(&table, job, release)?,
+            Phase::Births => self.step_births(&table, job)?,
+            Phase::Finish => None,
+        };
+        if let Some(cursor) = next {
+            job.cursor = cursor;
+            return Ok(());
+        }
+        (job.phase, job.cursor) = match job.phase {
+            Phase::Touched => (Phase::Retained, b"r".to_vec()),
+            Phase::Retained if job.births => (Phase::Births, b"b".to_vec()),
+            Phase::Retained | Phase::Births | Phase::Finish => (Phase::Finish, Vec::new()),
+        };
+        if job.phase == Phase::Finish {
+            // Durably out of the index before the table forgets that there was something to do.
+            self.layers.index.sync()?;
+            if !job.done.is_empty() {
+                self.snapshots.drop_deleted(&self.journal, &job.done)?;
+            }
+            // A sweep counts as done once a checkpoint has said so.
+            upkeep.sweep &= job.from > Epoch(0);
+            upkeep.segments_due = true;
+        }
+        Ok(())
+    }
+
+    /// Up to [`STEP`] pairs of the index from the job's cursor on, and the cursor after them; no cursor if
+    /// these were the last.
+    fn index_page(&self, from: &[u8], to: &[u8]) -> Result<(Vec<key::Pair>, Option<Vec<u8>>)> {
+        let mut page = Vec::new();
+        self.layers.index.scan(from, to, &mut |key, value| {
+            page.push((key.to_vec(), value.to_vec()));
+            Ok(page.len() < STEP)
+        })?;
+        let next = page.last().filter(|_| page.len() == STEP).map(|(key, _)| after(key));
+        Ok((page, next))
+    }
+
+    fn step_touched(&self, table: &Published, job: &Job) -> Result<Option<Vec<u8>>> {
+        let (page, mut next) = self.index_page(&job.cursor, &key::touched(job.from, job.to).1)?;
+        let mut step = Step::default();
+        for (key, _) in page {
+            let touch = Touch::parse(&key)?;
+            let birth = self.birth(touch.ino)?.unwrap_or(Epoch(0));
+            let gone = match &touch.aspect {
+                Aspect::Attr => {
+                    let first = key::attr(touch.ino, Epoch(0));
+                    self.weigh(table, &mut step, &first, key::attr(touch.ino, touch.label), birth)?
+                }
+                Aspect::Entry(name) => {
+                    let first = key::entry(touch.ino, name, Epoch(0));
+                    self.weigh(table, &mut step, &first, key::entry(touch.ino, name, touch.label), birth)?
+                }
+                Aspect::Chunk(chunk) => {
+                    self.weigh_chunk(table, &mut step, (touch.ino, *chunk), touch.label, birth)?
+                }
+            };
+            if gone {
+                step.changes.push((key.clone(), None));
+            }
+            if step.blocks >= STEP_BLOCKS {
+                next = Some(after(&key));
+                break;
+            }
+        }
+        self.carry_out(step)?;
+        Ok(next)
+    }
+
+    /// Removes the record `key` if it is dead; its predecessors have keys from `first` on. Returns whether
+    /// nothing is left of it.
+    fn weigh(
+        &self,
+        table: &Published,
+        step: &mut Step,
+        first: &[u8],
+        key: Vec<u8>,
+        birth: Epoch,
+    ) -> Result<bool> {
+        let Some(value) = self.layers.index.get(&key)? else { return Ok(true) };
+        let before = self.layers.last(first, &key)?;
+        let before = before.map_or(Ok(Epoch(0)), |(key, _)| label_at_end(&key))?;
+        let dead = table.is_dead(before.max(birth), label_at_end(&key)?);
+        if dead {
+            step.changes.push((key.clone(), None));
+            step.dead.push((key, value));
+        }
+        Ok(dead)
+    }
+
+    /// Block by block, the same for the extents of a chunk that have this label.
+    fn weigh_chunk(
+        &self,
+        table: &Published,
+        step: &mut Step,
+        (ino, chunk): (Ino, u64),
+        label: Epoch,
+        birth: Epoch,
+    ) -> Result<bool> {
+        let mut lower = [birth; CHUNK_BLOCKS as usize];
+        if label > Epoch(0) {
+            for piece in self.pieces(ino, chunk, Epoch(0), Some(Epoch(label.0 - 1)))? {
+                piece.range().for_each(|block| lower[block] = lower[block].max(piece.label));
+            }
+        }
+        let dead = lower.map(|lower| table.is_dead(lower, label));
+        let (from, to) = piece_range(ino, chunk, label, Some(label));
+        let mut pieces = Vec::new();
+        self.layers.index.scan(&from, &to, &mut |key, value| {
+            pieces.push(Piece::parse(key, value)?);
+            Ok(true)
+        })?;
+        let mut gone = true;
+        for piece in pieces {
+            let range = piece.range();
+            gone &= dead[range.clone()].iter().all(|dead| *dead);
+            if dead[range.clone()].contains(&true) {
+                step.split(&piece, &dead[range]);
+            }
+        }
+        Ok(gone)
+    }
+
+    fn step_retained(
+        &self,
+        table: &Published,
+        job: &Job,
+        release: &dyn Fn(&Retained) -> Result<()>,
+    ) -> Result<Option<Vec<u8>>> {
+        let (page, next) = self.index_page(&job.cursor, b"s")?;
+        let mut dead = Vec::new();
+        for (key, value) in page {
+            let (gone, retained) = key::retained_value(&value)?;
+            // A newer record in memory is the one that counts, and is not for this walk.
+            let current = self.layers.get(&key)?.is_some_and(|current| current == value);
+            if current && table.is_dead(retained.birth, retained.removed) {
+                if !gone {
+                    release(&retained)?;
+                }
+                dead.push((key, value));
+            }
+        }
+        self.forget(dead)?;
+        Ok(next)
+    }
+
+    fn step_births(&self, table: &Published, job: &Job) -> Result<Option<Vec<u8>>> {
+        let (page, next) = self.index_page(&job.cursor, b"c")?;
+        let mut dead = Vec::new();
+        for (key, value) in page {
+            if table.is_dead(Epoch(0), key::birth_value(&value)?) {
+                dead.push((key, value));
+            }
+        }
+        self.forget(dead)?;
+        Ok(next)
+    }
+
+    fn forget(&self, dead: Vec<key::Pair>) -> Result<()> {
+        self.layers.edit(checkpoint::removal(dead.clone()))?;
+        dead.iter().for_each(|(key, value)| self.journal.uncount(key, value));
+        Ok(())
+    }
+
+    fn carry_out(&self, step: Step) -> Result<()> {
+        self.layers.edit(step.changes)?;
+        step.dead.iter().for_each(|(key, value)| self.journal.uncount(key, value));
+        step.born.iter().for_each(|(key, value)| self.journal.count(key, value));
+        // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
+        for (segment, offset, len) in step.punch {
+            if let Some(file) = self.journal.file(segment)? {
+                file.punch(offset, len)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Step {
+    /// Replaces `piece` by its live parts; `dead` is by block of the piece.
+    fn split(&mut self, piece: &Piece, dead: &[bool]) {
+        let start = usize::from(piece.start);
+        self.changes.push((piece.key(), None));
+        self.dead.push((piece.key(), piece.value()));
+        for run in runs(dead) {
+            let part = piece.part(start + run.start..start + run.end);
+            if !dead[run.start] {
+                self.changes.push((part.key(), Some(part.value())));
+                self.born.push((part.key(), part.value()));
+            } else if let Some(place) = &part.place {
+                let (offset, len) = (u64::from(place.block) * BLOCK as u64, run.len() * BLOCK);
+                self.punch.push((key::segment_of(part.lsn), offset, len as u64));
+                self.blocks += run.len();
+            }
+        }
+    }
+}
+
+/// The first key after `key`.
+fn after(key: &[u8]) -> Vec<u8> {
+    [key, &[0]].concat()
+}
