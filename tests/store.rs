@@ -22,7 +22,11 @@ fn options() -> StoreOptions {
 }
 
 fn tiny() -> StoreOptions {
-    StoreOptions { in_memory_index: false, log_area: 16 << 10, segment_size: 64 << 10 }
+    StoreOptions {
+        in_memory_index: false,
+        log_area: 16 << 10,
+        segment_size: 64 << 10,
+    }
 }
 
 fn open(dir: &tempfile::TempDir, options: StoreOptions) -> Store {
@@ -30,14 +34,21 @@ fn open(dir: &tempfile::TempDir, options: StoreOptions) -> Store {
 }
 
 fn attr(mode: u32) -> AttrImage {
-    AttrImage { mode, xattrs: vec![(b"user.a".to_vec(), vec![mode as u8; 40])], ..AttrImage::default() }
+    AttrImage {
+        mode,
+        xattrs: vec![(b"user.a".to_vec(), vec![mode as u8; 40])],
+        ..AttrImage::default()
+    }
 }
 
 fn snapshot(epoch: u64) -> SnapshotInfo {
     SnapshotInfo {
         epoch: Epoch(epoch),
         name: format!("snap{epoch}").into_bytes(),
-        created: Timestamp { sec: epoch as i64, nsec: 5 },
+        created: Timestamp {
+            sec: epoch as i64,
+            nsec: 5,
+        },
         held: false,
         state: SnapshotState::Ready,
     }
@@ -64,13 +75,31 @@ fn read(store: &Store, ino: Ino, k: u64) -> Result<Vec<(u64, u8)>> {
 fn fill(store: &Store) {
     store.record_snapshot(&snapshot(1)).unwrap();
     store.keep_attr(FILE, Epoch(1), &attr(0o644)).unwrap();
-    let big = AttrImage { xattrs: vec![(b"user.big".to_vec(), vec![3; 60_000]); 3], ..attr(0o600) };
+    let big = AttrImage {
+        xattrs: vec![(b"user.big".to_vec(), vec![3; 60_000]); 3],
+        ..attr(0o600)
+    };
     store.keep_attr(Ino(43), Epoch(1), &big).unwrap();
-    let was = EntryImage { ino: FILE, kind: 8, handle: ObjectHandle { kind: 1, bytes: vec![1; 20] } };
-    store.keep_entry(DIR, b"name", Epoch(1), Some(&was)).unwrap();
-    store.keep_entry(DIR, "näme\n".as_bytes(), Epoch(1), None).unwrap();
-    store.keep_extent(FILE, Epoch(1), 2, ExtentData::Bytes(&blocks(7, 3))).unwrap();
-    store.keep_extent(FILE, Epoch(1), 9, ExtentData::Hole { blocks: 600 }).unwrap();
+    let was = EntryImage {
+        ino: FILE,
+        kind: 8,
+        handle: ObjectHandle {
+            kind: 1,
+            bytes: vec![1; 20],
+        },
+    };
+    store
+        .keep_entry(DIR, b"name", Epoch(1), Some(&was))
+        .unwrap();
+    store
+        .keep_entry(DIR, "näme\n".as_bytes(), Epoch(1), None)
+        .unwrap();
+    store
+        .keep_extent(FILE, Epoch(1), 2, ExtentData::Bytes(&blocks(7, 3)))
+        .unwrap();
+    store
+        .keep_extent(FILE, Epoch(1), 9, ExtentData::Hole { blocks: 600 })
+        .unwrap();
     store.record_birth(Ino(50), Epoch(1)).unwrap();
     store.record_retained(&retained(60, 0, 1)).unwrap();
     store.record_retained(&retained(61, 0, 1)).unwrap();
@@ -78,24 +107,52 @@ fn fill(store: &Store) {
 }
 
 fn retained(ino: u64, birth: u64, removed: u64) -> Retained {
-    let handle = ObjectHandle { kind: 1, bytes: vec![2; 12] };
+    let handle = ObjectHandle {
+        kind: 1,
+        bytes: vec![2; 12],
+    };
     let origin = Some((DIR, handle.clone(), b"old".to_vec()));
-    Retained { ino: Ino(ino), kind: 8, handle, birth: Epoch(birth), removed: Epoch(removed), origin }
+    Retained {
+        ino: Ino(ino),
+        kind: 8,
+        handle,
+        birth: Epoch(birth),
+        removed: Epoch(removed),
+        origin,
+    }
 }
 
 fn assert_filled(store: &Store) {
     assert_eq!(store.damage(), Vec::<String>::new());
     assert_eq!((store.epoch(), store.newest()), (Epoch(1), Some(Epoch(1))));
     assert_eq!(*store.snapshots(), [snapshot(1)]);
-    assert_eq!(store.attr_at(FILE, Epoch(1)).unwrap(), Some((Epoch(1), attr(0o644))));
+    assert_eq!(
+        store.attr_at(FILE, Epoch(1)).unwrap(),
+        Some((Epoch(1), attr(0o644)))
+    );
     assert_eq!(store.attr_at(FILE, Epoch(2)).unwrap(), None);
-    assert_eq!(store.attr_at(Ino(43), Epoch(0)).unwrap().unwrap().1.xattrs[2].1, vec![3; 60_000]);
-    assert_eq!(store.entry_at(DIR, b"name", Epoch(1)).unwrap().unwrap().1.unwrap().ino, FILE);
+    assert_eq!(
+        store.attr_at(Ino(43), Epoch(0)).unwrap().unwrap().1.xattrs[2].1,
+        vec![3; 60_000]
+    );
+    assert_eq!(
+        store
+            .entry_at(DIR, b"name", Epoch(1))
+            .unwrap()
+            .unwrap()
+            .1
+            .unwrap()
+            .ino,
+        FILE
+    );
     assert_eq!(store.entries_at(DIR, Epoch(1)).unwrap().len(), 2);
     assert_eq!(store.entries_at(DIR, Epoch(2)).unwrap().len(), 0);
     let first: Vec<_> = read(store, FILE, 1).unwrap().into_iter().take(4).collect();
     assert_eq!(first, [(2, 7), (3, 7), (4, 7), (9, 0)]);
-    assert_eq!(store.kept_blocks(FILE, Epoch(1), 2).unwrap(), [u64::MAX, (1 << 33) - 1, 0, 0]);
+    assert_eq!(
+        store.kept_blocks(FILE, Epoch(1), 2).unwrap(),
+        [u64::MAX, (1 << 33) - 1, 0, 0]
+    );
     assert_eq!(store.birth(Ino(50)).unwrap(), Some(Epoch(1)));
     assert_eq!(store.retained_all().unwrap(), [retained(60, 0, 1)]);
 }
@@ -122,7 +179,13 @@ fn everything_survives_a_kill_and_an_orderly_end_and_the_loss_of_the_index() {
     let store = open(&dir, options());
     assert_filled(&store);
     drop(store);
-    let store = open(&dir, StoreOptions { in_memory_index: true, ..options() });
+    let store = open(
+        &dir,
+        StoreOptions {
+            in_memory_index: true,
+            ..options()
+        },
+    );
     assert_filled(&store);
 }
 
@@ -173,16 +236,24 @@ fn a_torn_tail_is_cut_at_the_first_bad_record() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, options());
     store.record_snapshot(&snapshot(1)).unwrap();
-    let lsns: Vec<Lsn> =
-        (0..5).map(|i| store.keep_attr(Ino(i), Epoch(1), &attr(i as u32)).unwrap()).collect();
+    let lsns: Vec<Lsn> = (0..5)
+        .map(|i| store.keep_attr(Ino(i), Epoch(1), &attr(i as u32)).unwrap())
+        .collect();
     drop(store);
-    overwrite(segments(&dir).last().unwrap(), offset(lsns[3]) + 30, &[0xee; 4]);
+    overwrite(
+        segments(&dir).last().unwrap(),
+        offset(lsns[3]) + 30,
+        &[0xee; 4],
+    );
     for _ in 0..2 {
         let store = open(&dir, options());
         assert_eq!(store.damage(), Vec::<String>::new());
         let there = |i| store.attr_at(Ino(i), Epoch(1)).unwrap().is_some();
         // The last was written after the torn one, so it was not acknowledged as durable either.
-        assert_eq!((0..5).map(there).collect::<Vec<_>>(), [true, true, true, false, false]);
+        assert_eq!(
+            (0..5).map(there).collect::<Vec<_>>(),
+            [true, true, true, false, false]
+        );
         assert_eq!(store.snapshots().len(), 1);
         store.keep_attr(Ino(9), Epoch(1), &attr(9)).unwrap();
     }
@@ -193,8 +264,9 @@ fn damage_before_the_seal_is_reported_and_skipped() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, options());
     store.record_snapshot(&snapshot(1)).unwrap();
-    let lsns: Vec<Lsn> =
-        (0..5).map(|i| store.keep_attr(Ino(i), Epoch(1), &attr(i as u32)).unwrap()).collect();
+    let lsns: Vec<Lsn> = (0..5)
+        .map(|i| store.keep_attr(Ino(i), Epoch(1), &attr(i as u32)).unwrap())
+        .collect();
     store.close().unwrap();
     open(&dir, options()).close().unwrap();
     overwrite(&segments(&dir)[0], offset(lsns[1]) + 4, &[0xee; 4]);
@@ -206,7 +278,10 @@ fn damage_before_the_seal_is_reported_and_skipped() {
     let store = open(&dir, options());
     assert_eq!(store.damage().len(), 1, "{:?}", store.damage());
     let there = |i| store.attr_at(Ino(i), Epoch(1)).unwrap().is_some();
-    assert_eq!((0..5).map(there).collect::<Vec<_>>(), [true, false, true, true, true]);
+    assert_eq!(
+        (0..5).map(there).collect::<Vec<_>>(),
+        [true, false, true, true, true]
+    );
 }
 
 #[test]
@@ -216,15 +291,24 @@ fn a_damaged_payload_is_never_served() {
     fill(&store);
     let path = &segments(&dir)[0];
     let bytes = std::fs::read(path).unwrap();
-    let payload = (0..bytes.len()).step_by(BLOCK).find(|at| bytes[*at..].starts_with(&blocks(7, 3))).unwrap();
+    let payload = (0..bytes.len())
+        .step_by(BLOCK)
+        .find(|at| bytes[*at..].starts_with(&blocks(7, 3)))
+        .unwrap();
     overwrite(path, (payload + BLOCK + 17) as u64, &[8]);
     let extent = store.extents_at(FILE, Epoch(1), 0).unwrap().remove(0);
     let mut buf = blocks(1, 3);
-    assert!(matches!(store.read_extent(&extent, 0, &mut buf), Err(Error::Corrupt(_))));
+    assert!(matches!(
+        store.read_extent(&extent, 0, &mut buf),
+        Err(Error::Corrupt(_))
+    ));
     assert_eq!(buf, blocks(0, 3));
     store.read_extent(&extent, 2, &mut buf[..BLOCK]).unwrap();
     assert_eq!(buf[..BLOCK], blocks(7, 1));
-    assert!(matches!(store.read_extent(&extent, 2, &mut buf), Err(Error::Os(Errno::INVAL))));
+    assert!(matches!(
+        store.read_extent(&extent, 2, &mut buf),
+        Err(Error::Os(Errno::INVAL))
+    ));
 }
 
 fn copy_tree(from: &Path, to: &Path) {
@@ -264,7 +348,10 @@ fn an_index_that_is_stale_ahead_foreign_or_garbage_is_made_right() {
     let store = open(&dir, options());
     assert_eq!(store.damage().len(), 1, "{:?}", store.damage());
     assert_eq!(store.attr_at(Ino(99), Epoch(1)).unwrap(), None);
-    assert_eq!(store.attr_at(FILE, Epoch(1)).unwrap(), Some((Epoch(1), attr(0o644))));
+    assert_eq!(
+        store.attr_at(FILE, Epoch(1)).unwrap(),
+        Some((Epoch(1), attr(0o644)))
+    );
     store.close().unwrap();
     // Foreign.
     let other = tempfile::tempdir().unwrap();
@@ -295,7 +382,9 @@ fn reclaim_all(store: &Store) -> Vec<Retained> {
 
 fn disk_bytes(dir: &Path) -> u64 {
     let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
-    entries.map(|entry| entry.metadata().unwrap().blocks() * 512).sum()
+    entries
+        .map(|entry| entry.metadata().unwrap().blocks() * 512)
+        .sum()
 }
 
 #[test]
@@ -307,18 +396,27 @@ fn segments_rotate_and_their_space_comes_back() {
         store.record_snapshot(&snapshot(epoch)).unwrap();
         for i in 0..60 {
             let data = blocks((epoch * 60 + i) as u8, 2);
-            store.keep_extent(Ino(i), Epoch(epoch), 5, ExtentData::Bytes(&data)).unwrap();
-            store.keep_attr(Ino(i), Epoch(epoch), &attr(i as u32)).unwrap();
+            store
+                .keep_extent(Ino(i), Epoch(epoch), 5, ExtentData::Bytes(&data))
+                .unwrap();
+            store
+                .keep_attr(Ino(i), Epoch(epoch), &attr(i as u32))
+                .unwrap();
         }
     }
     store.record_retained(&retained(60, 1, 2)).unwrap();
     // Larger than a segment.
-    store.keep_extent(Ino(900), Epoch(3), 0, ExtentData::Bytes(&blocks(9, 100))).unwrap();
+    store
+        .keep_extent(Ino(900), Epoch(3), 0, ExtentData::Bytes(&blocks(9, 100)))
+        .unwrap();
     assert!(segments(&dir).len() > 10);
     assert!(disk_bytes(&journal) > 460 * BLOCK as u64);
     store.delete_snapshot(Epoch(2)).unwrap();
     assert_eq!(reclaim_all(&store), [retained(60, 1, 2)]);
-    assert_eq!(store.stats().live_payload_bytes, (2 * 120 + 100) * BLOCK as u64);
+    assert_eq!(
+        store.stats().live_payload_bytes,
+        (2 * 120 + 100) * BLOCK as u64
+    );
     for (epoch, i) in [(1, 0), (1, 59), (3, 0), (3, 59)] {
         let byte = (epoch * 60 + i) as u8;
         assert_eq!(read(&store, Ino(i), epoch).unwrap(), [(5, byte), (6, byte)]);
@@ -329,7 +427,11 @@ fn segments_rotate_and_their_space_comes_back() {
     reclaim_all(&store);
     let stats = store.stats();
     assert_eq!((stats.records, stats.snapshots), (0, 0), "{stats:?}");
-    assert!(disk_bytes(&journal) < 100 << 10, "{} {stats:?}", disk_bytes(&journal));
+    assert!(
+        disk_bytes(&journal) < 100 << 10,
+        "{} {stats:?}",
+        disk_bytes(&journal)
+    );
     drop(store);
     assert_eq!(open(&dir, tiny()).epoch(), Epoch(3));
 }
@@ -342,7 +444,10 @@ fn a_long_walk_goes_in_steps_and_takes_everything() {
     store.record_snapshot(&snapshot(2)).unwrap();
     let name = |i: u64| format!("name{i}").into_bytes();
     let names: Vec<_> = (0..3000).map(name).collect();
-    let entries: Vec<_> = names.iter().map(|name| (DIR, name.as_slice(), None)).collect();
+    let entries: Vec<_> = names
+        .iter()
+        .map(|name| (DIR, name.as_slice(), None))
+        .collect();
     store.keep_entries(Epoch(1), &entries[..1000]).unwrap();
     store.keep_entries(Epoch(2), &entries).unwrap();
     for i in 1000..2200 {
@@ -350,12 +455,17 @@ fn a_long_walk_goes_in_steps_and_takes_everything() {
         store.record_retained(&retained(i, 1, 2)).unwrap();
     }
     // Every aspect that the walk looks at is to be found on its second page too.
-    store.keep_extent(Ino(5000), Epoch(2), 0, ExtentData::Bytes(&blocks(1, 4000))).unwrap();
+    store
+        .keep_extent(Ino(5000), Epoch(2), 0, ExtentData::Bytes(&blocks(1, 4000)))
+        .unwrap();
     store.record_birth(Ino(5000), Epoch(1)).unwrap();
     store.delete_snapshot(Epoch(2)).unwrap();
     let mut released = reclaim_all(&store);
     released.sort_by_key(|retained| retained.ino);
-    assert_eq!(released, (1000..2200).map(|i| retained(i, 1, 2)).collect::<Vec<_>>());
+    assert_eq!(
+        released,
+        (1000..2200).map(|i| retained(i, 1, 2)).collect::<Vec<_>>()
+    );
     // 1000 names of label 1, 2000 that have label 2 alone and so serve snapshot 1, and the births.
     assert_eq!(store.stats().records, 3000 + 1201);
     assert_eq!(store.stats().live_payload_bytes, 0);
@@ -371,8 +481,12 @@ fn a_sparse_segment_is_compacted_while_readers_hold_it() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, tiny());
     store.record_snapshot(&snapshot(1)).unwrap();
-    store.keep_extent(FILE, Epoch(1), 0, ExtentData::Bytes(&blocks(1, 1))).unwrap();
-    store.keep_extent(FILE, Epoch(1), 5, ExtentData::Hole { blocks: 1 }).unwrap();
+    store
+        .keep_extent(FILE, Epoch(1), 0, ExtentData::Bytes(&blocks(1, 1)))
+        .unwrap();
+    store
+        .keep_extent(FILE, Epoch(1), 5, ExtentData::Hole { blocks: 1 })
+        .unwrap();
     store.keep_attr(FILE, Epoch(1), &attr(1)).unwrap();
     store.record_birth(Ino(5), Epoch(1)).unwrap();
     store.record_snapshot(&snapshot(2)).unwrap();
@@ -381,9 +495,13 @@ fn a_sparse_segment_is_compacted_while_readers_hold_it() {
         if i < 39 {
             store.record_birth(Ino(i), Epoch(1)).unwrap();
         } else {
-            store.keep_extent(Ino(i), Epoch(1), 0, ExtentData::Bytes(&blocks(3, 1))).unwrap();
+            store
+                .keep_extent(Ino(i), Epoch(1), 0, ExtentData::Bytes(&blocks(3, 1)))
+                .unwrap();
         }
-        store.keep_extent(Ino(i), Epoch(2), 0, ExtentData::Bytes(&blocks(2, 2))).unwrap();
+        store
+            .keep_extent(Ino(i), Epoch(2), 0, ExtentData::Bytes(&blocks(2, 2)))
+            .unwrap();
     }
     let held = store.extents_at(FILE, Epoch(1), 0).unwrap();
     let first = segments(&dir).remove(0);
@@ -396,7 +514,10 @@ fn a_sparse_segment_is_compacted_while_readers_hold_it() {
     let check = |store: &Store| {
         assert_eq!(read(store, FILE, 1).unwrap(), [(0, 1), (5, 0)]);
         assert_eq!(read(store, Ino(39), 1).unwrap(), [(0, 3), (1, 2)]);
-        assert_eq!(store.attr_at(FILE, Epoch(1)).unwrap(), Some((Epoch(1), attr(1))));
+        assert_eq!(
+            store.attr_at(FILE, Epoch(1)).unwrap(),
+            Some((Epoch(1), attr(1)))
+        );
         assert_eq!(store.birth(Ino(5)).unwrap(), Some(Epoch(1)));
         assert_eq!(store.damage(), Vec::<String>::new());
     };
@@ -462,7 +583,11 @@ impl MediaFile for FaultyFile {
         }
     }
     fn sync(&self) -> Result<()> {
-        if self.1.sync.load(Ordering::SeqCst) { Err(Error::Os(Errno::IO)) } else { self.0.sync() }
+        if self.1.sync.load(Ordering::SeqCst) {
+            Err(Error::Os(Errno::IO))
+        } else {
+            self.0.sync()
+        }
     }
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
         self.0.punch(offset, len)
@@ -477,8 +602,14 @@ fn faulty(dir: &tempfile::TempDir) -> (Store, Arc<Fault>) {
     std::fs::create_dir(&path).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
     let fault = Arc::new(Fault::default());
-    let media = Faulty { inner: FileMedia::open(&path.join("journal")).unwrap(), fault: fault.clone() };
-    (Store::open_with(&path, options(), Arc::new(media)).unwrap(), fault)
+    let media = Faulty {
+        inner: FileMedia::open(&path.join("journal")).unwrap(),
+        fault: fault.clone(),
+    };
+    (
+        Store::open_with(&path, options(), Arc::new(media)).unwrap(),
+        fault,
+    )
 }
 
 #[test]
@@ -486,12 +617,20 @@ fn a_failed_append_poisons_changes_but_not_reads() {
     let dir = tempfile::tempdir().unwrap();
     let (store, fault) = faulty(&dir);
     fill(&store);
-    fault.write.store(Errno::IO.raw_os_error() as u32, Ordering::SeqCst);
+    fault
+        .write
+        .store(Errno::IO.raw_os_error() as u32, Ordering::SeqCst);
     let failed = store.keep_attr(Ino(70), Epoch(1), &attr(1));
     assert!(matches!(failed, Err(Error::Os(Errno::IO))), "{failed:?}");
     fault.write.store(0, Ordering::SeqCst);
-    assert!(matches!(store.keep_attr(Ino(71), Epoch(1), &attr(1)), Err(Error::Poisoned(_))));
-    assert!(matches!(store.record_snapshot(&snapshot(2)), Err(Error::Poisoned(_))));
+    assert!(matches!(
+        store.keep_attr(Ino(71), Epoch(1), &attr(1)),
+        Err(Error::Poisoned(_))
+    ));
+    assert!(matches!(
+        store.record_snapshot(&snapshot(2)),
+        Err(Error::Poisoned(_))
+    ));
     assert!(matches!(store.sync(), Err(Error::Poisoned(_))));
     assert!(matches!(store.checkpoint(), Err(Error::Poisoned(_))));
     assert_filled(&store);
@@ -503,14 +642,18 @@ fn a_failed_append_poisons_changes_but_not_reads() {
 fn a_failed_sync_poisons_and_a_full_disk_does_not() {
     let dir = tempfile::tempdir().unwrap();
     let (store, fault) = faulty(&dir);
-    fault.write.store(Errno::NOSPC.raw_os_error() as u32, Ordering::SeqCst);
+    fault
+        .write
+        .store(Errno::NOSPC.raw_os_error() as u32, Ordering::SeqCst);
     for _ in 0..3 {
         let full = store.keep_extent(FILE, Epoch(1), 2, ExtentData::Bytes(&blocks(4, 3)));
         assert!(matches!(full, Err(Error::Os(Errno::NOSPC))), "{full:?}");
     }
     fault.write.store(0, Ordering::SeqCst);
     fill(&store);
-    fault.write.store(Errno::NOSPC.raw_os_error() as u32, Ordering::SeqCst);
+    fault
+        .write
+        .store(Errno::NOSPC.raw_os_error() as u32, Ordering::SeqCst);
     assert!(store.keep_attr(Ino(70), Epoch(1), &attr(1)).is_err());
     fault.write.store(0, Ordering::SeqCst);
     let lsn = store.keep_attr(Ino(71), Epoch(1), &attr(1)).unwrap();
@@ -538,14 +681,17 @@ fn threads_append_sync_and_look_while_the_background_job_runs() {
         for i in 0..150 {
             let (ino, byte) = (Ino(thread * 1000 + i), (thread * 50 + i) as u8);
             for label in 1..=2 {
-                let lsn =
-                    store.keep_extent(ino, Epoch(label), 3, ExtentData::Bytes(&blocks(byte, 2))).unwrap();
+                let lsn = store
+                    .keep_extent(ino, Epoch(label), 3, ExtentData::Bytes(&blocks(byte, 2)))
+                    .unwrap();
                 assert_eq!(store.kept_blocks(ino, Epoch(label), 0).unwrap()[0], 0b11000);
                 if i % 10 == 0 {
                     store.wait_durable(lsn).unwrap();
                 }
             }
-            store.keep_entry(DIR, format!("{thread}.{i}").as_bytes(), Epoch(1), None).unwrap();
+            store
+                .keep_entry(DIR, format!("{thread}.{i}").as_bytes(), Epoch(1), None)
+                .unwrap();
             store.record_birth(ino, Epoch(1)).unwrap();
         }
     };
@@ -585,7 +731,10 @@ fn threads_append_sync_and_look_while_the_background_job_runs() {
             let (ino, byte) = (Ino(thread * 1000 + i), (thread * 50 + i) as u8);
             // Born in epoch 1, so no snapshot up to 1 needs it; nor was any of it looked for by the walk.
             let found = read(store, ino, 1).unwrap();
-            assert!(found.is_empty() || found == [(3, byte), (4, byte)], "{ino} {found:?}");
+            assert!(
+                found.is_empty() || found == [(3, byte), (4, byte)],
+                "{ino} {found:?}"
+            );
         }
         assert_eq!(store.entries_at(DIR, Epoch(1)).unwrap().len(), 450);
     };

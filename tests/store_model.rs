@@ -59,24 +59,48 @@ struct Test {
 
 fn image(attr: u32) -> AttrImage {
     let xattrs = vec![(b"user.x".to_vec(), vec![7; attr as usize % 6000])];
-    AttrImage { mode: attr, size: u64::from(attr), xattrs, ..AttrImage::default() }
+    AttrImage {
+        mode: attr,
+        size: u64::from(attr),
+        xattrs,
+        ..AttrImage::default()
+    }
 }
 
 fn entry(ino: Ino) -> EntryImage {
-    EntryImage { ino, kind: 8, handle: ObjectHandle { kind: 1, bytes: ino.0.to_le_bytes().to_vec() } }
+    EntryImage {
+        ino,
+        kind: 8,
+        handle: ObjectHandle {
+            kind: 1,
+            bytes: ino.0.to_le_bytes().to_vec(),
+        },
+    }
 }
 
 fn handle(generation: u64) -> ObjectHandle {
-    ObjectHandle { kind: 2, bytes: generation.to_le_bytes().to_vec() }
+    ObjectHandle {
+        kind: 2,
+        bytes: generation.to_le_bytes().to_vec(),
+    }
 }
 
 impl Test {
     fn new(seed: u64, in_memory_index: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let options = StoreOptions { in_memory_index, log_area: 16 << 10, segment_size: 80 << 10 };
+        let options = StoreOptions {
+            in_memory_index,
+            log_area: 16 << 10,
+            segment_size: 80 << 10,
+        };
         let mut live = World::default();
         for ino in 2..2 + INOS / 2 {
-            let object = Object { generation: 0, birth: Epoch(0), attr: 5, data: [0; BLOCKS] };
+            let object = Object {
+                generation: 0,
+                birth: Epoch(0),
+                attr: 5,
+                data: [0; BLOCKS],
+            };
             live.objects.insert(Ino(ino), object);
         }
         let store = Store::open(&dir.path().join("store0"), options.clone()).unwrap();
@@ -106,7 +130,10 @@ impl Test {
 
     /// The newest cut that pre-images must be kept for.
     fn newest(&self) -> Option<Epoch> {
-        self.pending.as_ref().map(|(epoch, _)| *epoch).or(self.store().newest())
+        self.pending
+            .as_ref()
+            .map(|(epoch, _)| *epoch)
+            .or(self.store().newest())
     }
 
     fn some_object(&mut self) -> Option<Ino> {
@@ -115,7 +142,8 @@ impl Test {
     }
 
     fn needs(&self, ino: Ino) -> Option<Epoch> {
-        self.newest().filter(|newest| self.live.objects[&ino].birth < *newest)
+        self.newest()
+            .filter(|newest| self.live.objects[&ino].birth < *newest)
     }
 
     fn keep_attr(&self, ino: Ino) {
@@ -128,18 +156,24 @@ impl Test {
     }
 
     fn set_attr(&mut self) {
-        let Some(ino) = self.some_object() else { return };
+        let Some(ino) = self.some_object() else {
+            return;
+        };
         self.keep_attr(ino);
         let attr = self.rng.random_range(0..20_000);
         self.live.objects.get_mut(&ino).unwrap().attr = attr;
     }
 
     fn write(&mut self) {
-        let Some(ino) = self.some_object() else { return };
+        let Some(ino) = self.some_object() else {
+            return;
+        };
         let start = self.rng.random_range(0..BLOCKS);
         let end = self.rng.random_range(start..BLOCKS) + 1;
         if let Some(newest) = self.needs(ino) {
-            let kept: Vec<bool> = (0..BLOCKS).map(|block| self.is_kept(ino, newest, block)).collect();
+            let kept: Vec<bool> = (0..BLOCKS)
+                .map(|block| self.is_kept(ino, newest, block))
+                .collect();
             let data = self.live.objects[&ino].data;
             let mut at = start;
             while at < end {
@@ -151,17 +185,25 @@ impl Test {
                 at = to;
             }
         }
-        let byte = if self.rng.random_bool(0.2) { 0 } else { self.rng.random_range(1..=255) };
+        let byte = if self.rng.random_bool(0.2) {
+            0
+        } else {
+            self.rng.random_range(1..=255)
+        };
         self.live.objects.get_mut(&ino).unwrap().data[start..end].fill(byte);
     }
 
     fn keep_run(&self, ino: Ino, at: usize, data: &[u8]) {
         let bytes: Vec<u8> = data.iter().flat_map(|byte| [*byte; BLOCK]).collect();
         let extent = match data[0] {
-            0 => ExtentData::Hole { blocks: data.len() as u64 },
+            0 => ExtentData::Hole {
+                blocks: data.len() as u64,
+            },
             _ => ExtentData::Bytes(&bytes),
         };
-        self.store().keep_extent(ino, self.epoch, FIRST + at as u64, extent).unwrap();
+        self.store()
+            .keep_extent(ino, self.epoch, FIRST + at as u64, extent)
+            .unwrap();
     }
 
     fn is_kept(&self, ino: Ino, from: Epoch, block: usize) -> bool {
@@ -175,7 +217,9 @@ impl Test {
             && self.store().entry_at(DIR, name, newest).unwrap().is_none()
         {
             let was = self.live.names.get(name).map(|ino| entry(*ino));
-            self.store().keep_entry(DIR, name, self.epoch, was.as_ref()).unwrap();
+            self.store()
+                .keep_entry(DIR, name, self.epoch, was.as_ref())
+                .unwrap();
         }
     }
 
@@ -189,22 +233,42 @@ impl Test {
     }
 
     fn create(&mut self) {
-        let taken = |ino: &Ino| self.live.objects.contains_key(ino) || self.retained.contains_key(ino);
-        let Some(ino) = (2..2 + INOS).map(Ino).find(|ino| !taken(ino)) else { return };
+        let taken =
+            |ino: &Ino| self.live.objects.contains_key(ino) || self.retained.contains_key(ino);
+        let Some(ino) = (2..2 + INOS).map(Ino).find(|ino| !taken(ino)) else {
+            return;
+        };
         self.store().record_birth(ino, self.epoch).unwrap();
         let (generation, birth) = (self.generation, self.epoch);
         self.generation += 1;
-        self.live.objects.insert(ino, Object { generation, birth, attr: 1, data: [0; BLOCKS] });
+        self.live.objects.insert(
+            ino,
+            Object {
+                generation,
+                birth,
+                attr: 1,
+                data: [0; BLOCKS],
+            },
+        );
     }
 
     fn remove(&mut self) {
-        let Some(ino) = self.some_object() else { return };
+        let Some(ino) = self.some_object() else {
+            return;
+        };
         let needed = self.needs(ino).is_some() || self.is_in_a_snapshot(ino);
         let object = self.live.objects.remove(&ino).unwrap();
         if needed {
             let (birth, removed) = (object.birth, self.epoch);
             let handle = handle(object.generation);
-            let retained = Retained { ino, kind: 8, handle, birth, removed, origin: None };
+            let retained = Retained {
+                ino,
+                kind: 8,
+                handle,
+                birth,
+                removed,
+                origin: None,
+            };
             if self.rng.random_bool(0.2) {
                 self.store().record_retained(&retained).unwrap();
                 self.store().forget_retained(ino).unwrap();
@@ -217,7 +281,12 @@ impl Test {
 
     fn is_in_a_snapshot(&self, ino: Ino) -> bool {
         let generation = self.live.objects[&ino].generation;
-        let shows = |world: &World| world.objects.get(&ino).is_some_and(|o| o.generation == generation);
+        let shows = |world: &World| {
+            world
+                .objects
+                .get(&ino)
+                .is_some_and(|o| o.generation == generation)
+        };
         self.snapshots.values().any(shows)
     }
 
@@ -232,10 +301,20 @@ impl Test {
     }
 
     fn finish_cut(&mut self) {
-        let Some((epoch, world)) = self.pending.take() else { return };
+        let Some((epoch, world)) = self.pending.take() else {
+            return;
+        };
         let name = format!("s{epoch}").into_bytes();
         let (created, state) = (Timestamp::default(), SnapshotState::Ready);
-        self.store().record_snapshot(&SnapshotInfo { epoch, name, created, held: false, state }).unwrap();
+        self.store()
+            .record_snapshot(&SnapshotInfo {
+                epoch,
+                name,
+                created,
+                held: false,
+                state,
+            })
+            .unwrap();
         self.snapshots.insert(epoch, world);
     }
 
@@ -261,8 +340,14 @@ impl Test {
             for file in released.into_inner() {
                 let is_it = |object: &Object| handle(object.generation) == file.handle;
                 let shown = |world: &World| world.objects.get(&file.ino).is_some_and(is_it);
-                assert!(!self.snapshots.values().any(shown), "{file:?} is still shown");
-                assert!(!self.pending.iter().any(|(_, world)| shown(world)), "{file:?} will be shown");
+                assert!(
+                    !self.snapshots.values().any(shown),
+                    "{file:?} is still shown"
+                );
+                assert!(
+                    !self.pending.iter().any(|(_, world)| shown(world)),
+                    "{file:?} will be shown"
+                );
                 if self.retained.get(&file.ino).is_some_and(is_it) {
                     self.retained.remove(&file.ino);
                 }
@@ -298,7 +383,11 @@ impl Test {
         self.pending = None;
         let last = self.epoch;
         self.epoch = self.store().epoch();
-        assert!(self.epoch == last || self.epoch.next() == last, "{} after {last}", self.epoch);
+        assert!(
+            self.epoch == last || self.epoch.next() == last,
+            "{} after {last}",
+            self.epoch
+        );
     }
 
     fn step(&mut self) {
@@ -323,36 +412,70 @@ impl Test {
             self.verify_snapshot(*k, world);
         }
         let table = self.store().snapshots();
-        let ready: Vec<_> = table.iter().filter(|s| s.state == SnapshotState::Ready).map(|s| s.epoch).collect();
+        let ready: Vec<_> = table
+            .iter()
+            .filter(|s| s.state == SnapshotState::Ready)
+            .map(|s| s.epoch)
+            .collect();
         assert_eq!(ready, self.snapshots.keys().copied().collect::<Vec<_>>());
     }
 
     fn verify_snapshot(&self, k: Epoch, world: &World) {
         let store = self.store();
         for (ino, object) in &world.objects {
-            let live = self.live.objects.get(ino).filter(|o| o.generation == object.generation);
+            let live = self
+                .live
+                .objects
+                .get(ino)
+                .filter(|o| o.generation == object.generation);
             let now = live.or_else(|| {
                 let retained = store.retained(*ino).unwrap().expect("retained");
-                assert_eq!(retained.handle, handle(object.generation), "object {ino} in snapshot {k}");
+                assert_eq!(
+                    retained.handle,
+                    handle(object.generation),
+                    "object {ino} in snapshot {k}"
+                );
                 self.retained.get(ino)
             });
             let now = now.expect("an object of a snapshot is live or retained");
-            let attr = store.attr_at(*ino, k).unwrap().map_or(image(now.attr), |(_, image)| image);
-            assert_eq!(attr, image(object.attr), "attributes of {ino} in snapshot {k}");
-            assert_eq!(self.read(*ino, k, now), object.data, "data of {ino} in snapshot {k}");
+            let attr = store
+                .attr_at(*ino, k)
+                .unwrap()
+                .map_or(image(now.attr), |(_, image)| image);
+            assert_eq!(
+                attr,
+                image(object.attr),
+                "attributes of {ino} in snapshot {k}"
+            );
+            assert_eq!(
+                self.read(*ino, k, now),
+                object.data,
+                "data of {ino} in snapshot {k}"
+            );
             let birth = store.birth(*ino).unwrap().unwrap_or(Epoch(0));
             assert!(birth < k, "{ino} born in {birth} is in snapshot {k}");
         }
-        let mut names: BTreeMap<Vec<u8>, EntryImage> =
-            self.live.names.iter().map(|(name, ino)| (name.clone(), entry(*ino))).collect();
+        let mut names: BTreeMap<Vec<u8>, EntryImage> = self
+            .live
+            .names
+            .iter()
+            .map(|(name, ino)| (name.clone(), entry(*ino)))
+            .collect();
         for (name, was) in store.entries_at(DIR, k).unwrap() {
-            assert_eq!(store.entry_at(DIR, &name, k).unwrap().map(|(_, was)| was), Some(was.clone()));
+            assert_eq!(
+                store.entry_at(DIR, &name, k).unwrap().map(|(_, was)| was),
+                Some(was.clone())
+            );
             match was {
                 Some(was) => names.insert(name, was),
                 None => names.remove(&name),
             };
         }
-        let expected: BTreeMap<_, _> = world.names.iter().map(|(n, ino)| (n.clone(), entry(*ino))).collect();
+        let expected: BTreeMap<_, _> = world
+            .names
+            .iter()
+            .map(|(n, ino)| (n.clone(), entry(*ino)))
+            .collect();
         assert_eq!(names, expected, "names in snapshot {k}");
     }
 
@@ -392,7 +515,11 @@ impl Test {
         assert!(store.snapshots().is_empty());
         store.checkpoint().unwrap();
         let stats = store.stats();
-        assert_eq!((stats.live_payload_bytes, stats.records), (0, 0), "{stats:?}");
+        assert_eq!(
+            (stats.live_payload_bytes, stats.records),
+            (0, 0),
+            "{stats:?}"
+        );
         assert!(stats.journal_bytes < 200 << 10, "{stats:?}");
         assert!(journal_files(&self.path()) <= 2, "{stats:?}");
     }

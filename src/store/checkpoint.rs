@@ -29,7 +29,9 @@ impl Store {
         }
         // The index must not be ahead of the journal after a power cut.
         self.journal.sync()?;
-        let Some(frozen) = self.layers.frozen() else { return Ok(()) };
+        let Some(frozen) = self.layers.frozen() else {
+            return Ok(());
+        };
         let state = IndexState {
             uuid: self.uuid,
             checkpoint: frozen.checkpoint,
@@ -44,7 +46,10 @@ impl Store {
         }
         carry(self.layers.index.as_ref(), &self.journal, frozen.map.iter())?;
         let mut last: Vec<Change> = self.usage_changes(clean);
-        last.push((key::TABLE.to_vec(), Some(key::table_value(home.unwrap_or(u32::MAX), &table))));
+        last.push((
+            key::TABLE.to_vec(),
+            Some(key::table_value(home.unwrap_or(u32::MAX), &table)),
+        ));
         last.push((key::STATE.to_vec(), Some(state.value())));
         self.layers.index.apply(last)?;
         self.layers.index.sync()?;
@@ -56,7 +61,9 @@ impl Store {
     /// The usage of segments that have been closed since the last time, or of all.
     fn usage_changes(&self, all: bool) -> Vec<Change> {
         let mut known = self.journal.known.lock();
-        let due = known.iter_mut().filter(|(_, known)| all || (known.closed && !known.noted));
+        let due = known
+            .iter_mut()
+            .filter(|(_, known)| all || (known.closed && !known.noted));
         let note = |(number, known): (&u32, &mut super::journal::Known)| {
             known.noted = true;
             (key::usage(*number), Some(key::usage_value(&known.usage)))
@@ -97,7 +104,11 @@ pub(super) fn carry<'a>(
             bytes = 0;
         }
     }
-    if batch.is_empty() { Ok(()) } else { index.apply(batch) }
+    if batch.is_empty() {
+        Ok(())
+    } else {
+        index.apply(batch)
+    }
 }
 
 /// The changes that remove the pairs.

@@ -45,7 +45,10 @@ pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 impl<'a> Reader<'a> {
     pub(super) fn raw(&mut self, len: usize) -> Result<&'a [u8]> {
         let Some((head, tail)) = self.0.split_at_checked(len) else {
-            return Err(Error::Corrupt(format!("{len} bytes expected, {} left", self.0.len())));
+            return Err(Error::Corrupt(format!(
+                "{len} bytes expected, {} left",
+                self.0.len()
+            )));
         };
         self.0 = tail;
         Ok(head)
@@ -95,7 +98,9 @@ impl<'a> Reader<'a> {
     pub(super) fn bytes(&mut self, max: usize) -> Result<&'a [u8]> {
         let len = self.u32()? as usize;
         if len > max {
-            return Err(Error::Corrupt(format!("a field of {len} bytes where at most {max} can be")));
+            return Err(Error::Corrupt(format!(
+                "a field of {len} bytes where at most {max} can be"
+            )));
         }
         self.raw(len)
     }
@@ -105,7 +110,10 @@ impl<'a> Reader<'a> {
     pub(super) fn count(&mut self, least: usize) -> Result<usize> {
         let count = self.u32()? as usize;
         if count > self.0.len() / least.max(1) {
-            return Err(Error::Corrupt(format!("{count} items in {} bytes", self.0.len())));
+            return Err(Error::Corrupt(format!(
+                "{count} items in {} bytes",
+                self.0.len()
+            )));
         }
         Ok(count)
     }

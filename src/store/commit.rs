@@ -25,7 +25,13 @@ impl Poison {
 
     /// Poisons the journal, unless the failure is one that passes and leaves nothing half done.
     pub(super) fn fail(&self, error: &Error) {
-        let passes = [Errno::NOSPC, Errno::DQUOT, Errno::MFILE, Errno::NFILE, Errno::NOMEM];
+        let passes = [
+            Errno::NOSPC,
+            Errno::DQUOT,
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::NOMEM,
+        ];
         if !passes.contains(&error.errno()) {
             self.fail_for_good(error);
         }
@@ -65,9 +71,16 @@ impl Journal {
     /// Any failure poisons the journal: what the kernel could not write it may have dropped.
     pub(super) fn sync(&self) -> Result<()> {
         self.poison.check()?;
-        let ends: Vec<_> =
-            self.open.lock().iter().map(|s| (s.clone(), s.end.load(Ordering::SeqCst))).collect();
-        self.sync_while(|| ends.iter().any(|(s, end)| s.synced.load(Ordering::SeqCst) < *end))
+        let ends: Vec<_> = self
+            .open
+            .lock()
+            .iter()
+            .map(|s| (s.clone(), s.end.load(Ordering::SeqCst)))
+            .collect();
+        self.sync_while(|| {
+            ends.iter()
+                .any(|(s, end)| s.synced.load(Ordering::SeqCst) < *end)
+        })
     }
 
     /// Waits until the record `lsn` is durable; of several callers one syncs for all.
@@ -76,9 +89,16 @@ impl Journal {
     /// As [`Journal::sync`].
     pub(super) fn wait_durable(&self, lsn: Lsn) -> Result<()> {
         let (number, offset) = split(lsn);
-        let segment = self.open.lock().iter().find(|s| s.number == number).cloned();
+        let segment = self
+            .open
+            .lock()
+            .iter()
+            .find(|s| s.number == number)
+            .cloned();
         // One that is not open any more was synced as a whole.
-        let Some(segment) = segment else { return self.poison.check() };
+        let Some(segment) = segment else {
+            return self.poison.check();
+        };
         self.sync_while(|| segment.synced.load(Ordering::SeqCst) <= offset)
     }
 
@@ -96,7 +116,9 @@ impl Journal {
             }
             *running = true;
             drop(running);
-            let result = self.sync_open().inspect_err(|error| self.poison.fail_for_good(error));
+            let result = self
+                .sync_open()
+                .inspect_err(|error| self.poison.fail_for_good(error));
             *self.durability.running.lock() = false;
             self.durability.done.notify_all();
             result?;

@@ -32,8 +32,15 @@ impl Store {
     }
 
     fn leave_idle_tail(&self) -> Result<()> {
-        let Some((tail, false)) = self.journal.tail() else { return Ok(()) };
-        let records = self.journal.known.lock().get(&tail).map_or(0, |known| known.usage.records);
+        let Some((tail, false)) = self.journal.tail() else {
+            return Ok(());
+        };
+        let records = self
+            .journal
+            .known
+            .lock()
+            .get(&tail)
+            .map_or(0, |known| known.usage.records);
         if records == 0 && self.journal.media.allocated(tail)? > IDLE_TAIL {
             self.journal.rotate()?;
         }
@@ -43,14 +50,20 @@ impl Store {
     /// A closed segment of which little is live. Never the last one: its number tells how far the journal
     /// goes.
     fn sparse_segment(&self) -> Option<u32> {
-        let tail = self.journal.tail().map(|(number, _)| number).or(self.journal.highest());
+        let tail = self
+            .journal
+            .tail()
+            .map(|(number, _)| number)
+            .or(self.journal.highest());
         let sparse = |known: &Known| {
             known.closed
                 && !known.damaged
                 && (known.usage.live * SPARSE < known.usage.used || known.usage.records == 0)
         };
         let known = self.journal.known.lock();
-        let found = known.iter().find(|(number, known)| sparse(known) && Some(**number) < tail);
+        let found = known
+            .iter()
+            .find(|(number, known)| sparse(known) && Some(**number) < tail);
         found.map(|(number, _)| *number)
     }
 
@@ -59,7 +72,12 @@ impl Store {
         // What its log speaks of is to be found in the index, not in memory.
         self.checkpoint_in(upkeep, false)?;
         let Some(log) = self.log_of(segment)? else {
-            self.journal.known.lock().entry(segment).or_default().damaged = true;
+            self.journal
+                .known
+                .lock()
+                .entry(segment)
+                .or_default()
+                .damaged = true;
             return Ok(());
         };
         let mut moved = false;
@@ -85,14 +103,17 @@ impl Store {
 
     /// The log of a closed segment; `None` if it is damaged and the index may refer to what is not in it.
     fn log_of(&self, segment: u32) -> Result<Option<SegmentLog>> {
-        let Some(file) = self.journal.file(segment)? else { return Ok(Some(SegmentLog::default())) };
+        let Some(file) = self.journal.file(segment)? else {
+            return Ok(Some(SegmentLog::default()));
+        };
         let log = read_segment(file.as_ref(), segment, self.uuid, 0, 0)?;
         if log.sealed.is_some() && log.damage.is_empty() {
             return Ok(Some(log));
         }
         let mut needed = false;
         self.layers.index.scan(&[], &[u8::MAX], &mut |key, value| {
-            needed = key::footprint(key, value).is_some_and(|footprint| footprint.segment == segment);
+            needed =
+                key::footprint(key, value).is_some_and(|footprint| footprint.segment == segment);
             Ok(!needed)
         })?;
         Ok(if needed { None } else { Some(log) })
@@ -103,7 +124,9 @@ impl Store {
         if let Record::Extent(extent) = record {
             return self.move_extent(lsn, extent);
         }
-        let Some((key, _)) = key::pairs_of(record, lsn).into_iter().next() else { return Ok(false) };
+        let Some((key, _)) = key::pairs_of(record, lsn).into_iter().next() else {
+            return Ok(false);
+        };
         // No other append of the same key may come between the look and the append.
         let _moving = self.moving.write();
         let current = self.layers.get(&key)?;
@@ -112,7 +135,10 @@ impl Store {
             None => false,
         };
         if live {
-            self.append(Batch { records: vec![record.clone()], payload: &[] })?;
+            self.append(Batch {
+                records: vec![record.clone()],
+                payload: &[],
+            })?;
         }
         Ok(live)
     }
@@ -127,15 +153,26 @@ impl Store {
             let mut place = part.place.clone();
             if let Some(place) = &mut place {
                 payload.resize(usize::from(part.blocks) * BLOCK, 0);
-                let Some(file) = self.journal.file(segment_of(lsn))? else { continue };
+                let Some(file) = self.journal.file(segment_of(lsn))? else {
+                    continue;
+                };
                 // Bytes that fail their checksum are moved with it, and go on failing it.
                 file.read_at(&mut payload, u64::from(place.block) * BLOCK as u64)?;
                 place.block = 0;
             }
             let first_block = part.chunk * CHUNK_BLOCKS + u64::from(part.start);
             let (ino, label, blocks) = (part.ino, part.label, part.blocks);
-            let record = Record::Extent(Extent { ino, label, first_block, blocks, place });
-            self.append(Batch { records: vec![record], payload: &payload })?;
+            let record = Record::Extent(Extent {
+                ino,
+                label,
+                first_block,
+                blocks,
+                place,
+            });
+            self.append(Batch {
+                records: vec![record],
+                payload: &payload,
+            })?;
         }
         Ok(moved)
     }

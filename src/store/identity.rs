@@ -13,7 +13,10 @@ pub(super) fn make_dir(dir: &Path) -> Result<()> {
     match rustix::fs::mkdir(dir, Mode::RWXU) {
         Ok(()) => {
             // The new directory is found after a power cut only if its parent is synced.
-            let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let parent = dir
+                .parent()
+                .filter(|p| !p.as_os_str().is_empty())
+                .unwrap_or(Path::new("."));
             sync_dir(parent)
         }
         Err(Errno::EXIST) => Ok(()),
@@ -29,7 +32,10 @@ fn sync_dir(dir: &Path) -> Result<()> {
 }
 
 fn refuse(path: &Path, why: impl Into<String>) -> Error {
-    Error::Store { path: path.to_path_buf(), why: why.into() }
+    Error::Store {
+        path: path.to_path_buf(),
+        why: why.into(),
+    }
 }
 
 /// Reads the store's format file, or writes one for a new store. Returns the uuid, and the file, locked
@@ -37,7 +43,10 @@ fn refuse(path: &Path, why: impl Into<String>) -> Error {
 pub(super) fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)> {
     let stat = rustix::fs::lstat(dir).map_err(|errno| Error::path("cannot stat", dir, errno))?;
     if stat.st_uid != rustix::process::geteuid().as_raw() {
-        return Err(refuse(dir, "the store belongs to another user; run cowfs as that user"));
+        return Err(refuse(
+            dir,
+            "the store belongs to another user; run cowfs as that user",
+        ));
     }
     if stat.st_mode & 0o077 != 0 {
         return Err(refuse(
@@ -63,7 +72,8 @@ pub(super) fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)>
         Err(Errno::WOULDBLOCK) => return Err(refuse(dir, "the store is in use; unmount it first")),
         Err(errno) => return Err(Error::path("cannot lock", &path, errno)),
     }
-    let text = std::fs::read_to_string(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
+    let text =
+        std::fs::read_to_string(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
     Ok((file, parse_format(&path, &text)?))
 }
 
@@ -72,15 +82,28 @@ fn parse_format(path: &Path, text: &str) -> Result<u128> {
     match lines.next() {
         Some(FORMAT) => {}
         Some(other) if other.starts_with("cowfs-store ") => {
-            let why =
-                format!("is \"{other}\", this release knows \"{FORMAT}\"; use the release that made it");
+            let why = format!(
+                "is \"{other}\", this release knows \"{FORMAT}\"; use the release that made it"
+            );
             return Err(refuse(path, why));
         }
-        _ => return Err(refuse(path, format!("not the format file of a store (\"{FORMAT}\" expected)"))),
+        _ => {
+            return Err(refuse(
+                path,
+                format!("not the format file of a store (\"{FORMAT}\" expected)"),
+            ));
+        }
     }
     let uuid = lines.next().and_then(|line| line.strip_prefix("uuid "));
-    let uuid = uuid.filter(|hex| hex.len() == 32).and_then(|hex| u128::from_str_radix(hex, 16).ok());
-    uuid.ok_or_else(|| refuse(path, "its second line is no uuid; restore it from a backup of the store"))
+    let uuid = uuid
+        .filter(|hex| hex.len() == 32)
+        .and_then(|hex| u128::from_str_radix(hex, 16).ok());
+    uuid.ok_or_else(|| {
+        refuse(
+            path,
+            "its second line is no uuid; restore it from a backup of the store",
+        )
+    })
 }
 
 fn create_format(dir: &Path, path: &Path) -> Result<()> {
@@ -93,7 +116,10 @@ fn create_format(dir: &Path, path: &Path) -> Result<()> {
     let text = format!("{FORMAT}\nuuid {:032x}\n", u128::from_le_bytes(uuid));
     let new = dir.join("format.new");
     std::fs::File::create(&new)
-        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+        .and_then(|mut file| {
+            file.write_all(text.as_bytes())
+                .and_then(|()| file.sync_all())
+        })
         .and_then(|()| std::fs::rename(&new, path))
         .map_err(|error| Error::io("cannot write", path, &error))?;
     sync_dir(dir)

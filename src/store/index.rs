@@ -105,10 +105,20 @@ impl SledIndex {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let begun = Instant::now();
         loop {
-            let config = sled::Config::new().path(path).cache_capacity(CACHE).flush_every_ms(None);
+            let config = sled::Config::new()
+                .path(path)
+                .cache_capacity(CACHE)
+                .flush_every_ms(None);
             match guarded(|| config.open()) {
-                Ok(db) => return Ok(Self { db, path: path.to_path_buf() }),
-                Err(error) if error.to_string().contains("lock") && begun.elapsed() < LOCK_PATIENCE => {
+                Ok(db) => {
+                    return Ok(Self {
+                        db,
+                        path: path.to_path_buf(),
+                    });
+                }
+                Err(error)
+                    if error.to_string().contains("lock") && begun.elapsed() < LOCK_PATIENCE =>
+                {
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 Err(error) => return Err(error),
@@ -223,7 +233,9 @@ fn sync_path(path: &Path, flags: OFlags) -> Result<()> {
 
 fn allocated(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
-    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
     let sizes = entries.flatten().map(|entry| match entry.metadata() {
         Ok(meta) if meta.is_dir() => allocated(&entry.path()),
         Ok(meta) => meta.blocks() * 512,

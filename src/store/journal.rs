@@ -142,12 +142,22 @@ impl Journal {
     /// # Errors
     /// An I/O error poisons the journal (I7), except those that pass, such as `ENOSPC`: then nothing was
     /// appended and the call may be made again.
-    pub(super) fn append(&self, batch: Batch<'_>, publish: impl FnOnce(Vec<(Record, Lsn)>)) -> Result<Lsn> {
+    pub(super) fn append(
+        &self,
+        batch: Batch<'_>,
+        publish: impl FnOnce(Vec<(Record, Lsn)>),
+    ) -> Result<Lsn> {
         self.poison.check()?;
         batch.records.iter().try_for_each(Record::check)?;
         let bodies: Vec<Vec<u8>> = batch.records.iter().map(Record::body).collect();
-        let log_len: usize = bodies.iter().map(|body| record::frame_len(body.len())).sum();
-        let spill_len: usize = bodies.iter().map(|body| record::spill_len(body.len())).sum();
+        let log_len: usize = bodies
+            .iter()
+            .map(|body| record::frame_len(body.len()))
+            .sum();
+        let spill_len: usize = bodies
+            .iter()
+            .map(|body| record::spill_len(body.len()))
+            .sum();
         let place = self.reserve(log_len as u64, (batch.payload.len() + spill_len) as u64)?;
         let result = self.write(&place, batch, bodies, publish);
         if let Err(error) = &result {
@@ -192,7 +202,8 @@ impl Journal {
             done.push((record, last));
         }
         segment.file.write_at(&bytes, u64::from(log.end))?;
-        self.appended.fetch_add(done.len() as u64, Ordering::Relaxed);
+        self.appended
+            .fetch_add(done.len() as u64, Ordering::Relaxed);
         publish(done);
         log.end += bytes.len() as u32;
         segment.end.store(log.end, Ordering::SeqCst);
@@ -228,8 +239,15 @@ impl Journal {
         self.open.lock().push(segment.clone());
         let log = u64::from(segment.end.load(Ordering::SeqCst));
         let payload = segment.payload_end.load(Ordering::SeqCst);
-        let left = tail.replace(Tail { segment, log, payload, fresh: true })?;
-        left.segment.payload_end.store(left.payload, Ordering::SeqCst);
+        let left = tail.replace(Tail {
+            segment,
+            log,
+            payload,
+            fresh: true,
+        })?;
+        left.segment
+            .payload_end
+            .store(left.payload, Ordering::SeqCst);
         left.segment.left.store(true, Ordering::SeqCst);
         Some(left.segment)
     }
@@ -242,7 +260,9 @@ impl Journal {
         if tail.as_ref().is_none_or(|tail| tail.fresh) {
             return Ok(());
         }
-        let Some(spare) = self.spare.lock().take() else { return Ok(()) };
+        let Some(spare) = self.spare.lock().take() else {
+            return Ok(());
+        };
         let left = self.enter(&mut tail, spare);
         drop(tail);
         left.map_or(Ok(()), |left| self.seal_if_done(&left))
@@ -296,7 +316,11 @@ impl Journal {
 
     /// The header of the segment, and the snapshot table, so that older segments can go.
     fn write_preface(&self, segment: &Segment) -> Result<()> {
-        let header = Record::Segment { uuid: self.uuid, number: segment.number, log_area: segment.log_area };
+        let header = Record::Segment {
+            uuid: self.uuid,
+            number: segment.number,
+            log_area: segment.log_area,
+        };
         let table = self.preface.lock().clone();
         let mut spill = segment.log_area;
         let mut bytes = Vec::new();
@@ -328,8 +352,13 @@ impl Journal {
         }
         let payload = segment.payload_end.load(Ordering::SeqCst) - segment.log_area;
         let used = u64::from(log.end + SEAL_LEN) + payload;
-        write_seal(segment.file.as_ref(), self.uuid, lsn_at(segment.number, log.end), used)
-            .inspect_err(|error| self.poison.fail(error))?;
+        write_seal(
+            segment.file.as_ref(),
+            self.uuid,
+            lsn_at(segment.number, log.end),
+            used,
+        )
+        .inspect_err(|error| self.poison.fail(error))?;
         log.end += SEAL_LEN;
         segment.end.store(log.end, Ordering::SeqCst);
         // Before it counts as sealed, so that a checkpoint that passes it notes its size too.
@@ -344,7 +373,12 @@ impl Journal {
     /// Calls `swap` with a place in the journal before which every record has been published, at a moment
     /// at which that is so.
     pub(super) fn at_checkpoint(&self, swap: impl FnOnce(Lsn)) {
-        let first = self.open.lock().iter().find(|s| !s.sealed.load(Ordering::SeqCst)).cloned();
+        let first = self
+            .open
+            .lock()
+            .iter()
+            .find(|s| !s.sealed.load(Ordering::SeqCst))
+            .cloned();
         // Segments before `first` are sealed: all that was appended to them is published. Appends to later
         // ones may be published too; replaying those twice is harmless.
         match first {
@@ -380,7 +414,12 @@ impl Journal {
     /// Adds an index entry to the usage of its segment.
     pub(super) fn count(&self, key: &[u8], value: &[u8]) {
         if let Some(footprint) = key::footprint(key, value) {
-            self.known.lock().entry(footprint.segment).or_default().usage.add(&footprint);
+            self.known
+                .lock()
+                .entry(footprint.segment)
+                .or_default()
+                .usage
+                .add(&footprint);
         }
     }
 
@@ -406,12 +445,18 @@ impl Journal {
 
     /// The segment that appends go to, and how full its log is; `None` before the first append.
     pub(super) fn tail(&self) -> Option<(u32, bool)> {
-        self.tail.lock().as_ref().map(|tail| (tail.segment.number, tail.fresh))
+        self.tail
+            .lock()
+            .as_ref()
+            .map(|tail| (tail.segment.number, tail.fresh))
     }
 
     /// The highest number of a segment there is.
     pub(super) fn highest(&self) -> Option<u32> {
-        self.known.lock().last_key_value().map(|(number, _)| *number)
+        self.known
+            .lock()
+            .last_key_value()
+            .map(|(number, _)| *number)
     }
 }
 
@@ -423,7 +468,10 @@ impl Tail {
     }
 
     fn take(&mut self, log_len: u64, payload_len: u64) -> Place {
-        let place = Place { segment: self.segment.clone(), payload: self.payload };
+        let place = Place {
+            segment: self.segment.clone(),
+            payload: self.payload,
+        };
         self.log += log_len;
         self.payload += payload_len;
         self.fresh = false;
@@ -450,7 +498,13 @@ fn spilled(segment: &Segment, mut body: Vec<u8>, at: &mut u64) -> Result<Body> {
 pub(super) fn write_seal(file: &dyn MediaFile, uuid: u128, lsn: Lsn, used: u64) -> Result<()> {
     let seal = Record::Seal { used };
     let mut bytes = Vec::new();
-    record::put_frame(&mut bytes, uuid, seal.kind(), &Body::Inline(seal.body()), lsn);
+    record::put_frame(
+        &mut bytes,
+        uuid,
+        seal.kind(),
+        &Body::Inline(seal.body()),
+        lsn,
+    );
     debug_assert_eq!(bytes.len(), SEAL_LEN as usize);
     file.write_at(&bytes, u64::from(offset_of(lsn)))
 }

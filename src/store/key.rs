@@ -64,7 +64,11 @@ pub(super) fn entry_parts(key: &[u8]) -> Result<(&[u8], Epoch)> {
     let rest = key.get(9..).ok_or_else(bad)?;
     let (head, label) = rest.split_last_chunk::<8>().ok_or_else(bad)?;
     let (zero, name) = head.split_last().ok_or_else(bad)?;
-    if *zero == 0 { Ok((name, Epoch(u64::from_be_bytes(*label)))) } else { Err(bad()) }
+    if *zero == 0 {
+        Ok((name, Epoch(u64::from_be_bytes(*label))))
+    } else {
+        Err(bad())
+    }
 }
 
 /// What all extents of a chunk begin with.
@@ -78,7 +82,11 @@ pub(super) fn extents_from(ino: Ino, chunk_no: u64, from: Epoch) -> Vec<u8> {
 }
 
 fn extent(ino: Ino, chunk_no: u64, label: Epoch, start: u16, lsn: Lsn) -> Vec<u8> {
-    Key(chunk(ino, chunk_no)).num(label.0).raw(&start.to_be_bytes()).num(lsn.0).0
+    Key(chunk(ino, chunk_no))
+        .num(label.0)
+        .raw(&start.to_be_bytes())
+        .num(lsn.0)
+        .0
 }
 
 pub(super) fn birth(ino: Ino) -> Vec<u8> {
@@ -130,7 +138,9 @@ impl Touch {
 
 /// The keys of aspects touched under the labels `from..=to`.
 pub(super) fn touched(from: Epoch, to: Epoch) -> (Vec<u8>, Vec<u8>) {
-    let end = to.0.checked_add(1).map_or_else(|| vec![b't' + 1], |end| Key::new(b't').num(end).0);
+    let end =
+        to.0.checked_add(1)
+            .map_or_else(|| vec![b't' + 1], |end| Key::new(b't').num(end).0);
     (Key::new(b't').num(from.0).0, end)
 }
 
@@ -152,7 +162,15 @@ impl Piece {
     pub(super) fn of(extent: &Extent, lsn: Lsn) -> Self {
         let (chunk, start) = extent.position();
         let place = extent.place.clone();
-        Self { ino: extent.ino, chunk, label: extent.label, start, lsn, blocks: extent.blocks, place }
+        Self {
+            ino: extent.ino,
+            chunk,
+            label: extent.label,
+            start,
+            lsn,
+            blocks: extent.blocks,
+            place,
+        }
     }
 
     pub(super) fn key(&self) -> Vec<u8> {
@@ -176,12 +194,24 @@ impl Piece {
         r.end()?;
         let mut r = Reader(value);
         let blocks = r.u16()?;
-        let place = if r.0.is_empty() { None } else { Some(get_place(&mut r, blocks)?) };
+        let place = if r.0.is_empty() {
+            None
+        } else {
+            Some(get_place(&mut r, blocks)?)
+        };
         r.end()?;
         if blocks == 0 || u64::from(start) + u64::from(blocks) > CHUNK_BLOCKS {
             return Err(Error::Corrupt("an extent across chunks".into()));
         }
-        Ok(Self { ino, chunk, label, start, lsn, blocks, place })
+        Ok(Self {
+            ino,
+            chunk,
+            label,
+            start,
+            lsn,
+            blocks,
+            place,
+        })
     }
 
     /// The blocks of the chunk that it covers.
@@ -196,7 +226,12 @@ impl Piece {
             block: place.block.saturating_add(skip as u32),
             crcs: place.crcs[skip..skip + range.len()].to_vec(),
         });
-        Self { start: range.start as u16, blocks: range.len() as u16, place, ..self.clone() }
+        Self {
+            start: range.start as u16,
+            blocks: range.len() as u16,
+            place,
+            ..self.clone()
+        }
     }
 }
 
@@ -249,18 +284,35 @@ pub(super) fn pairs_of(record: &Record, lsn: Lsn) -> Vec<Pair> {
     match record {
         Record::Attr { ino, label, image } => {
             let value = stamped(lsn, |w| put_attr(w, image));
-            vec![(attr(*ino, *label), value), touch(*label, *ino, Aspect::Attr)]
+            vec![
+                (attr(*ino, *label), value),
+                touch(*label, *ino, Aspect::Attr),
+            ]
         }
-        Record::Entry { dir, label, name, was } => {
+        Record::Entry {
+            dir,
+            label,
+            name,
+            was,
+        } => {
             let value = stamped(lsn, |w| put_entry(w, was.as_ref()));
-            vec![(entry(*dir, name, *label), value), touch(*label, *dir, Aspect::Entry(name.clone()))]
+            vec![
+                (entry(*dir, name, *label), value),
+                touch(*label, *dir, Aspect::Entry(name.clone())),
+            ]
         }
         Record::Extent(extent) => {
             let piece = Piece::of(extent, lsn);
-            vec![(piece.key(), piece.value()), touch(piece.label, piece.ino, Aspect::Chunk(piece.chunk))]
+            vec![
+                (piece.key(), piece.value()),
+                touch(piece.label, piece.ino, Aspect::Chunk(piece.chunk)),
+            ]
         }
         Record::Birth { ino, epoch } => vec![(birth(*ino), stamped(lsn, |w| w.u64(epoch.0)))],
-        Record::Retained { gone, retained: file } => {
+        Record::Retained {
+            gone,
+            retained: file,
+        } => {
             let value = stamped(lsn, |w| {
                 w.u8(u8::from(*gone));
                 put_retained(w, file);
@@ -286,14 +338,26 @@ pub(super) fn footprint(key: &[u8], value: &[u8]) -> Option<Footprint> {
         b'a' | b'e' | b'b' | b'r' => {
             let (lsn, _) = stamp(value).ok()?;
             let bytes = 24 + key.len() as u64 + value.len() as u64;
-            Some(Footprint { segment: segment_of(lsn), bytes, payload: 0 })
+            Some(Footprint {
+                segment: segment_of(lsn),
+                bytes,
+                payload: 0,
+            })
         }
         b'd' => {
             let lsn = Lsn(u64::from_be_bytes(*key.last_chunk()?));
-            let blocks = if value.len() > 2 { u64::from(Reader(value).u16().ok()?) } else { 0 };
+            let blocks = if value.len() > 2 {
+                u64::from(Reader(value).u16().ok()?)
+            } else {
+                0
+            };
             let payload = blocks * BLOCK as u64;
             let bytes = 24 + key.len() as u64 + value.len() as u64 + payload;
-            Some(Footprint { segment: segment_of(lsn), bytes, payload })
+            Some(Footprint {
+                segment: segment_of(lsn),
+                bytes,
+                payload,
+            })
         }
         _ => None,
     }
@@ -356,7 +420,13 @@ impl IndexState {
         let (uuid, checkpoint, highest_epoch) = (r.u128()?, Lsn(r.u64()?), Epoch(r.u64()?));
         let (sweep, clean) = (r.u8()? != 0, r.u8()? != 0);
         r.end()?;
-        Ok(Self { uuid, checkpoint, highest_epoch, sweep, clean })
+        Ok(Self {
+            uuid,
+            checkpoint,
+            highest_epoch,
+            sweep,
+            clean,
+        })
     }
 }
 
@@ -422,7 +492,12 @@ pub(super) fn parse_usage(key: &[u8], value: &[u8]) -> Result<(u32, Usage)> {
     let mut k = Reader(key);
     k.raw(SEGMENTS.len())?;
     let mut r = Reader(value);
-    let usage = Usage { used: r.u64()?, live: r.u64()?, payload: r.u64()?, records: r.u64()? };
+    let usage = Usage {
+        used: r.u64()?,
+        live: r.u64()?,
+        payload: r.u64()?,
+        records: r.u64()?,
+    };
     r.end()?;
     Ok((k.be32()?, usage))
 }

@@ -42,7 +42,11 @@ pub(super) struct Layers {
 
 impl Layers {
     pub(super) fn new(index: Box<dyn Index>) -> Self {
-        Self { mem: RwLock::default(), bytes: AtomicUsize::new(0), index }
+        Self {
+            mem: RwLock::default(),
+            bytes: AtomicUsize::new(0),
+            index,
+        }
     }
 
     /// Adds pairs; returns those of the active map that they replace.
@@ -85,8 +89,14 @@ impl Layers {
 
     /// Drops the frozen map, which is in the index now.
     pub(super) fn thaw(&self) {
-        let Some(frozen) = self.mem.write().frozen.take() else { return };
-        let bytes: usize = frozen.map.iter().map(|(k, v)| k.len() + v.len() + OVERHEAD).sum();
+        let Some(frozen) = self.mem.write().frozen.take() else {
+            return;
+        };
+        let bytes: usize = frozen
+            .map
+            .iter()
+            .map(|(k, v)| k.len() + v.len() + OVERHEAD)
+            .sum();
         self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
@@ -118,8 +128,10 @@ impl Layers {
         let in_memory = {
             let mem = self.mem.read();
             let active = mem.active.range::<[u8], _>(bounds(from, to)).next_back();
-            let frozen =
-                mem.frozen.as_ref().and_then(|f| f.map.range::<[u8], _>(bounds(from, to)).next_back());
+            let frozen = mem
+                .frozen
+                .as_ref()
+                .and_then(|f| f.map.range::<[u8], _>(bounds(from, to)).next_back());
             let best = match (active, frozen) {
                 (Some(a), Some(f)) if f.0 > a.0 => Some(f),
                 (a, f) => a.or(f),
@@ -200,12 +212,22 @@ impl Layers {
 
     /// Changes the index itself, for keys that are not in memory.
     pub(super) fn edit(&self, changes: Vec<Change>) -> Result<()> {
-        if changes.is_empty() { Ok(()) } else { self.index.apply(changes) }
+        if changes.is_empty() {
+            Ok(())
+        } else {
+            self.index.apply(changes)
+        }
     }
 }
 
-fn bounds<'a>(from: &'a [u8], to: &'a [u8]) -> (std::ops::Bound<&'a [u8]>, std::ops::Bound<&'a [u8]>) {
+fn bounds<'a>(
+    from: &'a [u8],
+    to: &'a [u8],
+) -> (std::ops::Bound<&'a [u8]>, std::ops::Bound<&'a [u8]>) {
     use std::ops::Bound;
     // An empty range the wrong way round would panic in BTreeMap.
-    (Bound::Included(from), Bound::Excluded(if to < from { from } else { to }))
+    (
+        Bound::Included(from),
+        Bound::Excluded(if to < from { from } else { to }),
+    )
 }

@@ -17,7 +17,9 @@ impl Store {
     /// Of all look-ups: [`Error::Corrupt`] if the index cannot be read; the next open rebuilds it.
     pub fn attr_at(&self, ino: Ino, k: Epoch) -> Result<Option<(Epoch, AttrImage)>> {
         let (from, to) = (key::attr(ino, k), key::attr(ino, Epoch(u64::MAX)));
-        let Some((key, value)) = self.layers.first(&from, &to)? else { return Ok(None) };
+        let Some((key, value)) = self.layers.first(&from, &to)? else {
+            return Ok(None);
+        };
         Ok(Some((label_at_end(&key)?, key::attr_value(&value)?)))
     }
 
@@ -25,9 +27,19 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::attr_at`].
-    pub fn entry_at(&self, dir: Ino, name: &[u8], k: Epoch) -> Result<Option<(Epoch, Option<EntryImage>)>> {
-        let (from, to) = (key::entry(dir, name, k), key::entry(dir, name, Epoch(u64::MAX)));
-        let Some((key, value)) = self.layers.first(&from, &to)? else { return Ok(None) };
+    pub fn entry_at(
+        &self,
+        dir: Ino,
+        name: &[u8],
+        k: Epoch,
+    ) -> Result<Option<(Epoch, Option<EntryImage>)>> {
+        let (from, to) = (
+            key::entry(dir, name, k),
+            key::entry(dir, name, Epoch(u64::MAX)),
+        );
+        let Some((key, value)) = self.layers.first(&from, &to)? else {
+            return Ok(None);
+        };
         Ok(Some((label_at_end(&key)?, key::entry_value(&value)?)))
     }
 
@@ -38,13 +50,14 @@ impl Store {
     pub fn entries_at(&self, dir: Ino, k: Epoch) -> Result<Vec<(Vec<u8>, Option<EntryImage>)>> {
         let from = key::entries(dir);
         let mut found: Vec<(Vec<u8>, Option<EntryImage>)> = Vec::new();
-        self.layers.scan(&from, &key::after_prefix(&from), &mut |key, value| {
-            let (name, label) = key::entry_parts(key)?;
-            if label >= k && found.last().is_none_or(|(last, _)| last != name) {
-                found.push((name.to_vec(), key::entry_value(value)?));
-            }
-            Ok(true)
-        })?;
+        self.layers
+            .scan(&from, &key::after_prefix(&from), &mut |key, value| {
+                let (name, label) = key::entry_parts(key)?;
+                if label >= k && found.last().is_none_or(|(last, _)| last != name) {
+                    found.push((name.to_vec(), key::entry_value(value)?));
+                }
+                Ok(true)
+            })?;
         Ok(found)
     }
 
@@ -59,7 +72,9 @@ impl Store {
                 return Ok(extents);
             }
         }
-        Err(Error::Corrupt(format!("chunk {chunk} of object {ino} is in a segment that is missing")))
+        Err(Error::Corrupt(format!(
+            "chunk {chunk} of object {ino} is in a segment that is missing"
+        )))
     }
 
     /// `None`: a segment went between finding it in the index and opening it; what it held has moved.
@@ -79,8 +94,12 @@ impl Store {
         }
         let mut found = Vec::new();
         for run in runs(&owner) {
-            let Some(piece) = pieces.get(owner[run.start]) else { continue };
-            let Some(extent) = self.extent_ref(&piece.part(run))? else { return Ok(None) };
+            let Some(piece) = pieces.get(owner[run.start]) else {
+                continue;
+            };
+            let Some(extent) = self.extent_ref(&piece.part(run))? else {
+                return Ok(None);
+            };
             found.push(extent);
         }
         Ok(Some(found))
@@ -92,15 +111,33 @@ impl Store {
             None => None,
             Some(place) => {
                 let segment = key::segment_of(piece.lsn);
-                let Some(file) = self.journal.file(segment)? else { return Ok(None) };
-                Some(Payload { file, segment, block: place.block, crcs: place.crcs.clone() })
+                let Some(file) = self.journal.file(segment)? else {
+                    return Ok(None);
+                };
+                Some(Payload {
+                    file,
+                    segment,
+                    block: place.block,
+                    crcs: place.crcs.clone(),
+                })
             }
         };
-        Ok(Some(ExtentRef { label: piece.label, first_block, blocks: piece.blocks, payload }))
+        Ok(Some(ExtentRef {
+            label: piece.label,
+            first_block,
+            blocks: piece.blocks,
+            payload,
+        }))
     }
 
     /// The pieces of a chunk labelled `from..=to` (to the highest if `None`), by label, start and age.
-    pub(super) fn pieces(&self, ino: Ino, chunk: u64, from: Epoch, to: Option<Epoch>) -> Result<Vec<Piece>> {
+    pub(super) fn pieces(
+        &self,
+        ino: Ino,
+        chunk: u64,
+        from: Epoch,
+        to: Option<Epoch>,
+    ) -> Result<Vec<Piece>> {
         let (from, to) = piece_range(ino, chunk, from, to);
         let mut pieces = Vec::new();
         self.layers.scan(&from, &to, &mut |key, value| {
@@ -118,7 +155,9 @@ impl Store {
     pub fn kept_blocks(&self, ino: Ino, from: Epoch, chunk: u64) -> Result<[u64; 4]> {
         let mut kept = [0; 4];
         for piece in self.pieces(ino, chunk, from, None)? {
-            piece.range().for_each(|block| kept[block / 64] |= 1 << (block % 64));
+            piece
+                .range()
+                .for_each(|block| kept[block / 64] |= 1 << (block % 64));
         }
         Ok(kept)
     }
@@ -139,14 +178,21 @@ impl Store {
         };
         let block = u64::from(payload.block) + skip as u64;
         let read = payload.file.read_at(buf, block * BLOCK as u64)?;
-        let good = read == buf.len() && record::block_checksums(buf) == payload.crcs[skip..skip + blocks];
+        let good =
+            read == buf.len() && record::block_checksums(buf) == payload.crcs[skip..skip + blocks];
         if good {
             return Ok(());
         }
         buf.fill(0);
         let first = extent.first_block + skip as u64;
-        let (segment, last) = (super::media::name_of(payload.segment), first + blocks as u64);
-        let why = format!("{segment}: blocks {first}..{last} labelled {} fail their checksum", extent.label);
+        let (segment, last) = (
+            super::media::name_of(payload.segment),
+            first + blocks as u64,
+        );
+        let why = format!(
+            "{segment}: blocks {first}..{last} labelled {} fail their checksum",
+            extent.label
+        );
         log::error!("{why}");
         Err(Error::Corrupt(why))
     }
@@ -156,7 +202,10 @@ impl Store {
     /// # Errors
     /// As [`Store::attr_at`].
     pub fn birth(&self, ino: Ino) -> Result<Option<Epoch>> {
-        self.layers.get(&key::birth(ino))?.map(|value| key::birth_value(&value)).transpose()
+        self.layers
+            .get(&key::birth(ino))?
+            .map(|value| key::birth_value(&value))
+            .transpose()
     }
 
     /// The record of a retained file.
@@ -164,7 +213,9 @@ impl Store {
     /// # Errors
     /// As [`Store::attr_at`].
     pub fn retained(&self, ino: Ino) -> Result<Option<Retained>> {
-        let Some(value) = self.layers.get(&key::retained(ino))? else { return Ok(None) };
+        let Some(value) = self.layers.get(&key::retained(ino))? else {
+            return Ok(None);
+        };
         let (gone, retained) = key::retained_value(&value)?;
         Ok((!gone).then_some(retained))
     }
@@ -187,7 +238,12 @@ impl Store {
 }
 
 /// The keys of the pieces of a chunk labelled `from..=to`.
-pub(super) fn piece_range(ino: Ino, chunk: u64, from: Epoch, to: Option<Epoch>) -> (Vec<u8>, Vec<u8>) {
+pub(super) fn piece_range(
+    ino: Ino,
+    chunk: u64,
+    from: Epoch,
+    to: Option<Epoch>,
+) -> (Vec<u8>, Vec<u8>) {
     let end = match to {
         Some(to) if to.0 < u64::MAX => key::extents_from(ino, chunk, to.next()),
         _ => key::after_prefix(&key::chunk(ino, chunk)),
@@ -197,7 +253,9 @@ pub(super) fn piece_range(ino: Ino, chunk: u64, from: Epoch, to: Option<Epoch>) 
 
 /// The label that is the last number of the key.
 pub(super) fn label_at_end(key: &[u8]) -> Result<Epoch> {
-    let label = key.last_chunk().ok_or_else(|| Error::Corrupt("a key without a label".into()))?;
+    let label = key
+        .last_chunk()
+        .ok_or_else(|| Error::Corrupt("a key without a label".into()))?;
     Ok(Epoch(u64::from_be_bytes(*label)))
 }
 

@@ -55,7 +55,10 @@ impl FileMedia {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let dir = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|errno| Error::path("cannot open", path, errno))?;
-        Ok(Self { dir, path: path.to_path_buf() })
+        Ok(Self {
+            dir,
+            path: path.to_path_buf(),
+        })
     }
 
     fn path_of(&self, number: u32) -> PathBuf {
@@ -163,7 +166,8 @@ impl MediaFile for DiskFile {
 
     fn sync(&self) -> Result<()> {
         // Never tried again after a failure: the kernel may have dropped the pages it could not write.
-        rustix::fs::fdatasync(&self.fd).map_err(|errno| Error::path("cannot sync", &self.path, errno))
+        rustix::fs::fdatasync(&self.fd)
+            .map_err(|errno| Error::path("cannot sync", &self.path, errno))
     }
 
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
@@ -175,8 +179,8 @@ impl MediaFile for DiskFile {
     }
 
     fn size(&self) -> Result<u64> {
-        let stat =
-            rustix::fs::fstat(&self.fd).map_err(|errno| Error::path("cannot stat", &self.path, errno))?;
+        let stat = rustix::fs::fstat(&self.fd)
+            .map_err(|errno| Error::path("cannot stat", &self.path, errno))?;
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 }

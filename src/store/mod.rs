@@ -86,14 +86,27 @@ impl Store {
     /// [`Error::Poisoned`] after a failed append or sync; the errno of the failed write; `EINVAL` for a
     /// value that the format has no place for.
     pub fn keep_attr(&self, ino: Ino, label: Epoch, image: &AttrImage) -> Result<Lsn> {
-        self.append(Batch { records: vec![Record::Attr { ino, label, image: image.clone() }], payload: &[] })
+        self.append(Batch {
+            records: vec![Record::Attr {
+                ino,
+                label,
+                image: image.clone(),
+            }],
+            payload: &[],
+        })
     }
 
     /// Keeps what `name` meant in `dir` as of cut `label`; `None`: nothing.
     ///
     /// # Errors
     /// As [`Store::keep_attr`].
-    pub fn keep_entry(&self, dir: Ino, name: &[u8], label: Epoch, was: Option<&EntryImage>) -> Result<Lsn> {
+    pub fn keep_entry(
+        &self,
+        dir: Ino,
+        name: &[u8],
+        label: Epoch,
+        was: Option<&EntryImage>,
+    ) -> Result<Lsn> {
         self.keep_entries(label, &[(dir, name, was)])
     }
 
@@ -101,14 +114,26 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::keep_attr`]; then some of them may have been kept.
-    pub fn keep_entries(&self, label: Epoch, entries: &[(Ino, &[u8], Option<&EntryImage>)]) -> Result<Lsn> {
+    pub fn keep_entries(
+        &self,
+        label: Epoch,
+        entries: &[(Ino, &[u8], Option<&EntryImage>)],
+    ) -> Result<Lsn> {
         let record = |(dir, name, was): &(Ino, &[u8], Option<&EntryImage>)| {
             let (name, was) = (name.to_vec(), was.cloned());
-            Record::Entry { dir: *dir, label, name, was }
+            Record::Entry {
+                dir: *dir,
+                label,
+                name,
+                was,
+            }
         };
         let mut last = Err(Error::Os(Errno::INVAL));
         for some in entries.chunks(SMALL_AT_ONCE) {
-            last = Ok(self.append(Batch { records: some.iter().map(record).collect(), payload: &[] })?);
+            last = Ok(self.append(Batch {
+                records: some.iter().map(record).collect(),
+                payload: &[],
+            })?);
         }
         last
     }
@@ -118,7 +143,13 @@ impl Store {
     /// # Errors
     /// As [`Store::keep_attr`]; then some leading part may have been kept. `EINVAL` for no blocks, or
     /// bytes that are not whole blocks.
-    pub fn keep_extent(&self, ino: Ino, label: Epoch, first_block: u64, data: ExtentData<'_>) -> Result<Lsn> {
+    pub fn keep_extent(
+        &self,
+        ino: Ino,
+        label: Epoch,
+        first_block: u64,
+        data: ExtentData<'_>,
+    ) -> Result<Lsn> {
         let (blocks, bytes) = match data {
             ExtentData::Bytes(bytes) if bytes.len().is_multiple_of(BLOCK) => {
                 (bytes.len() as u64 / BLOCK as u64, bytes)
@@ -142,10 +173,20 @@ impl Store {
                     crcs: record::block_checksums(&bytes[offset(at)..offset(to)]),
                 });
                 let blocks = (to - at) as u16;
-                records.push(Record::Extent(Extent { ino, label, first_block: at, blocks, place }));
+                records.push(Record::Extent(Extent {
+                    ino,
+                    label,
+                    first_block: at,
+                    blocks,
+                    place,
+                }));
                 at = to;
             }
-            let payload = if hole { &[][..] } else { &bytes[offset(begun)..offset(at)] };
+            let payload = if hole {
+                &[][..]
+            } else {
+                &bytes[offset(begun)..offset(at)]
+            };
             last = self.append(Batch { records, payload })?;
         }
         Ok(last)
@@ -157,7 +198,10 @@ impl Store {
     /// As [`Store::keep_attr`].
     pub fn record_birth(&self, ino: Ino, epoch: Epoch) -> Result<Lsn> {
         let _moving = self.moving.read();
-        self.append(Batch { records: vec![Record::Birth { ino, epoch }], payload: &[] })
+        self.append(Batch {
+            records: vec![Record::Birth { ino, epoch }],
+            payload: &[],
+        })
     }
 
     /// Notes that a file is retained. A later record of the same object replaces this one.
@@ -166,8 +210,14 @@ impl Store {
     /// As [`Store::keep_attr`].
     pub fn record_retained(&self, retained: &Retained) -> Result<Lsn> {
         let _moving = self.moving.read();
-        let record = Record::Retained { gone: false, retained: retained.clone() };
-        self.append(Batch { records: vec![record], payload: &[] })
+        let record = Record::Retained {
+            gone: false,
+            retained: retained.clone(),
+        };
+        self.append(Batch {
+            records: vec![record],
+            payload: &[],
+        })
     }
 
     /// Drops the record of a retained file that is gone from disk, or never got there.
@@ -176,9 +226,18 @@ impl Store {
     /// As [`Store::keep_attr`]. It is no error if there is no such record.
     pub fn forget_retained(&self, ino: Ino) -> Result<()> {
         let _moving = self.moving.read();
-        let Some(retained) = self.retained(ino)? else { return Ok(()) };
-        let record = Record::Retained { gone: true, retained };
-        self.append(Batch { records: vec![record], payload: &[] }).map(drop)
+        let Some(retained) = self.retained(ino)? else {
+            return Ok(());
+        };
+        let record = Record::Retained {
+            gone: true,
+            retained,
+        };
+        self.append(Batch {
+            records: vec![record],
+            payload: &[],
+        })
+        .map(drop)
     }
 
     /// Appends records and shows them to look-ups.
@@ -187,9 +246,13 @@ impl Store {
             for (record, lsn) in done {
                 self.snapshots.saw(record.highest_epoch());
                 let pairs = key::pairs_of(&record, lsn);
-                pairs.iter().for_each(|(key, value)| self.journal.count(key, value));
+                pairs
+                    .iter()
+                    .for_each(|(key, value)| self.journal.count(key, value));
                 let replaced = self.layers.put(pairs);
-                replaced.iter().for_each(|(key, value)| self.journal.uncount(key, value));
+                replaced
+                    .iter()
+                    .for_each(|(key, value)| self.journal.uncount(key, value));
             }
         })
     }
@@ -228,7 +291,9 @@ impl Store {
     #[must_use]
     pub fn stats(&self) -> StoreStats {
         let known = self.journal.known.lock().clone();
-        let allocated = known.keys().map(|number| self.journal.media.allocated(*number).unwrap_or(0));
+        let allocated = known
+            .keys()
+            .map(|number| self.journal.media.allocated(*number).unwrap_or(0));
         StoreStats {
             journal_bytes: allocated.sum(),
             index_bytes: self.layers.index.allocated(),
@@ -245,6 +310,10 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         // Nothing to save: every record is in the journal since its append returned.
-        log::debug!("store {:032x} closed, {} records appended", self.uuid, self.journal.appended());
+        log::debug!(
+            "store {:032x} closed, {} records appended",
+            self.uuid,
+            self.journal.appended()
+        );
     }
 }

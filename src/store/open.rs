@@ -29,7 +29,9 @@ impl StoreOptions {
     fn check(&self) -> Result<()> {
         let area = self.log_area;
         if !area.is_multiple_of(BLOCK as u64) || !(16 << 10..=1 << 30).contains(&area) {
-            return Err(Error::Usage(format!("log area of {area} bytes: 16 KiB to 1 GiB, in whole blocks")));
+            return Err(Error::Usage(format!(
+                "log area of {area} bytes: 16 KiB to 1 GiB, in whole blocks"
+            )));
         }
         if !(area + BLOCK as u64..=1 << 40).contains(&self.segment_size) {
             let size = self.segment_size;
@@ -66,19 +68,33 @@ impl Store {
         let (lock, uuid) = identify(dir, !numbers.is_empty())?;
         let mut found = find_index(dir, &options, uuid)?;
         let mut recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, found.state)?;
-        let missing = |(number, usage): &(&u32, &Usage)| usage.records > 0 && !numbers.contains(number);
+        let missing =
+            |(number, usage): &(&u32, &Usage)| usage.records > 0 && !numbers.contains(number);
         if let Some((number, _)) = found.usage.iter().find(missing) {
-            let why = format!("{}: missing, though the index refers to it", name_of(*number));
+            let why = format!(
+                "{}: missing, though the index refers to it",
+                name_of(*number)
+            );
             recovery.contradiction = Some(why);
         }
         if let Some(why) = recovery.contradiction.take() {
-            log::warn!("{}: {why}; the index is being rebuilt from the journal", dir.display());
+            log::warn!(
+                "{}: {why}; the index is being rebuilt from the journal",
+                dir.display()
+            );
             drop(found);
             found = fresh_index(dir, &options)?;
             recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, None)?;
             recovery.damage.push(why);
         }
-        recovery.finish(Parts { dir, options, media, uuid, lock, found })
+        recovery.finish(Parts {
+            dir,
+            options,
+            media,
+            uuid,
+            lock,
+            found,
+        })
     }
 }
 
@@ -92,7 +108,11 @@ struct Found {
 
 impl Found {
     fn empty(index: impl Index + 'static) -> Self {
-        Self { index: Box::new(index), state: None, usage: BTreeMap::new() }
+        Self {
+            index: Box::new(index),
+            state: None,
+            usage: BTreeMap::new(),
+        }
     }
 }
 
@@ -107,7 +127,10 @@ fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
     match trusted_index(&path, uuid) {
         Ok(found) => Ok(found),
         Err(error) => {
-            log::warn!("{}: {error}; it is being rebuilt from the journal", path.display());
+            log::warn!(
+                "{}: {error}; it is being rebuilt from the journal",
+                path.display()
+            );
             fresh_index(dir, options)
         }
     }
@@ -128,12 +151,24 @@ fn trusted_index(path: &Path, uuid: u128) -> Result<Found> {
     }
     let noted = noted_usage(&index)?;
     let usage = if !state.clean || index.allocated() < ALWAYS_CHECKED {
-        let used = |(number, u): (u32, Usage)| (number, Usage { used: u.used, ..Usage::default() });
+        let used = |(number, u): (u32, Usage)| {
+            (
+                number,
+                Usage {
+                    used: u.used,
+                    ..Usage::default()
+                },
+            )
+        };
         counted_usage(&index, noted.into_iter().map(used).collect())?
     } else {
         noted
     };
-    Ok(Found { index: Box::new(index), state: Some(state), usage })
+    Ok(Found {
+        index: Box::new(index),
+        state: Some(state),
+        usage,
+    })
 }
 
 /// What the index has noted of the segments.
@@ -148,7 +183,10 @@ fn noted_usage(index: &dyn Index) -> Result<BTreeMap<u32, Usage>> {
 }
 
 /// Reads the whole index, and adds up what it refers to.
-fn counted_usage(index: &dyn Index, mut usage: BTreeMap<u32, Usage>) -> Result<BTreeMap<u32, Usage>> {
+fn counted_usage(
+    index: &dyn Index,
+    mut usage: BTreeMap<u32, Usage>,
+) -> Result<BTreeMap<u32, Usage>> {
     index.scan(&[], &[u8::MAX], &mut |key, value| {
         key::check(key, value)?;
         if let Some(footprint) = key::footprint(key, value) {
@@ -225,12 +263,16 @@ impl Recovery {
                 out.older.push(number);
                 continue;
             }
-            let Some(file) = media.open(number)? else { continue };
+            let Some(file) = media.open(number)? else {
+                continue;
+            };
             let durable = if number == first { offset } else { 0 };
             let log = read_segment(file.as_ref(), number, uuid, durable, options.log_area)?;
             if number == first && log.end < offset {
-                out.contradiction =
-                    Some(format!("{}: ends before what the index has of it", name_of(number)));
+                out.contradiction = Some(format!(
+                    "{}: ends before what the index has of it",
+                    name_of(number)
+                ));
             }
             if !log.records.is_empty() {
                 out.end = out.end.max(lsn_at(number, log.end));
@@ -239,13 +281,23 @@ impl Recovery {
             out.logs.push((number, file, log));
         }
         if first > 0 && !out.logs.iter().any(|(number, _, _)| *number == first) {
-            out.contradiction = Some(format!("{}: missing, though the index has some of it", name_of(first)));
+            out.contradiction = Some(format!(
+                "{}: missing, though the index has some of it",
+                name_of(first)
+            ));
         }
         Ok(out)
     }
 
     fn finish(mut self, parts: Parts<'_>) -> Result<Store> {
-        let Parts { dir, options, media, uuid, lock, found } = parts;
+        let Parts {
+            dir,
+            options,
+            media,
+            uuid,
+            lock,
+            found,
+        } = parts;
         self.close_segments(media.as_ref(), uuid)?;
         let (mut table, mut home, highest) = self.newest_table(found.index.as_ref())?;
         if table.epoch < highest {
@@ -270,7 +322,9 @@ impl Recovery {
         };
         self.count(&store.journal, &found.usage);
         self.redo(&store)?;
-        self.damage.iter().for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
+        self.damage
+            .iter()
+            .for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
         *store.damage.lock() = self.damage;
         // From here on the index is not marked as closed in order, and a rebuilt one is finished.
         store.checkpoint_in(&mut store.upkeep.lock(), false)?;
@@ -296,7 +350,8 @@ impl Recovery {
                 continue;
             }
             if log.sealed.is_none() && u64::from(log.end + SEAL_LEN) <= log.log_area {
-                let used = u64::from(log.end + SEAL_LEN) + file.size()?.saturating_sub(log.log_area);
+                let used =
+                    u64::from(log.end + SEAL_LEN) + file.size()?.saturating_sub(log.log_area);
                 write_seal(file.as_ref(), uuid, lsn_at(*number, log.end), used)?;
                 log.sealed = Some(used);
             }
@@ -338,13 +393,32 @@ impl Recovery {
         let usage = |number: &u32| usage.get(number).copied().unwrap_or_default();
         for number in &self.older {
             let usage = usage(number);
-            known.insert(*number, Known { usage, closed: true, noted: usage.used > 0, damaged: false });
+            known.insert(
+                *number,
+                Known {
+                    usage,
+                    closed: true,
+                    noted: usage.used > 0,
+                    damaged: false,
+                },
+            );
         }
         for (number, _, log) in &self.logs {
             let used = log.sealed.unwrap_or(log.log_area);
             let noted = usage(number).used == used;
-            let usage = Usage { used, ..usage(number) };
-            known.insert(*number, Known { usage, closed: true, noted, damaged: log.records.is_empty() });
+            let usage = Usage {
+                used,
+                ..usage(number)
+            };
+            known.insert(
+                *number,
+                Known {
+                    usage,
+                    closed: true,
+                    noted,
+                    damaged: log.records.is_empty(),
+                },
+            );
         }
     }
 
@@ -377,7 +451,9 @@ fn redo_record(store: &Store, record: &Record, lsn: Lsn) -> Result<()> {
         store.journal.count(key, value);
     }
     let replaced = store.layers.put(pairs);
-    replaced.iter().for_each(|(key, value)| store.journal.uncount(key, value));
+    replaced
+        .iter()
+        .for_each(|(key, value)| store.journal.uncount(key, value));
     Ok(())
 }
 
@@ -385,7 +461,11 @@ fn redo_record(store: &Store, record: &Record, lsn: Lsn) -> Result<()> {
 fn flush(store: &Store) -> Result<()> {
     store.layers.freeze(Lsn(0));
     if let Some(frozen) = store.layers.frozen() {
-        checkpoint::carry(store.layers.index.as_ref(), &store.journal, frozen.map.iter())?;
+        checkpoint::carry(
+            store.layers.index.as_ref(),
+            &store.journal,
+            frozen.map.iter(),
+        )?;
     }
     store.layers.thaw();
     Ok(())

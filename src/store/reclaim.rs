@@ -33,7 +33,12 @@ pub(super) struct Upkeep {
 
 impl Upkeep {
     pub(super) fn new(sweep: bool) -> Self {
-        Self { job: None, sweep, segments_due: true, written: None }
+        Self {
+            job: None,
+            sweep,
+            segments_due: true,
+            written: None,
+        }
     }
 }
 
@@ -80,12 +85,16 @@ impl Store {
     pub fn reclaim(&self, release: &dyn Fn(&Retained) -> Result<()>) -> Result<bool> {
         let mut upkeep = self.upkeep.lock();
         if upkeep.job.is_none() {
-            let Some(job) = self.next_job(&upkeep) else { return self.segment_step(&mut upkeep) };
+            let Some(job) = self.next_job(&upkeep) else {
+                return self.segment_step(&mut upkeep);
+            };
             // From here on everything that the walk may have to remove is in the index and not in memory.
             self.checkpoint_in(&mut upkeep, false)?;
             upkeep.job = Some(job);
         }
-        let Some(mut job) = upkeep.job.take() else { return Ok(true) };
+        let Some(mut job) = upkeep.job.take() else {
+            return Ok(true);
+        };
         let result = self.step(&mut upkeep, &mut job, release);
         if job.phase != Phase::Finish || result.is_err() {
             upkeep.job = Some(job);
@@ -101,11 +110,25 @@ impl Store {
         } else {
             let k = table.deleting().next()?;
             let next = table.existing().find(|n| *n > k);
-            (k, next.map_or(table.epoch, |n| Epoch(n.0 - 1)), oldest.is_none_or(|oldest| oldest > k))
+            (
+                k,
+                next.map_or(table.epoch, |n| Epoch(n.0 - 1)),
+                oldest.is_none_or(|oldest| oldest > k),
+            )
         };
-        let done = table.deleting().filter(|k| (from..=to).contains(k)).collect();
+        let done = table
+            .deleting()
+            .filter(|k| (from..=to).contains(k))
+            .collect();
         let cursor = key::touched(from, to).0;
-        Some(Job { from, to, done, births, phase: Phase::Touched, cursor })
+        Some(Job {
+            from,
+            to,
+            done,
+            births,
+            phase: Phase::Touched,
+            cursor,
+        })
     }
 
     fn step(
@@ -151,7 +174,10 @@ impl Store {
             page.push((key.to_vec(), value.to_vec()));
             Ok(page.len() < STEP)
         })?;
-        let next = page.last().filter(|_| page.len() == STEP).map(|(key, _)| after(key));
+        let next = page
+            .last()
+            .filter(|_| page.len() == STEP)
+            .map(|(key, _)| after(key));
         Ok((page, next))
     }
 
@@ -164,11 +190,23 @@ impl Store {
             let gone = match &touch.aspect {
                 Aspect::Attr => {
                     let first = key::attr(touch.ino, Epoch(0));
-                    self.weigh(table, &mut step, &first, key::attr(touch.ino, touch.label), birth)?
+                    self.weigh(
+                        table,
+                        &mut step,
+                        &first,
+                        key::attr(touch.ino, touch.label),
+                        birth,
+                    )?
                 }
                 Aspect::Entry(name) => {
                     let first = key::entry(touch.ino, name, Epoch(0));
-                    self.weigh(table, &mut step, &first, key::entry(touch.ino, name, touch.label), birth)?
+                    self.weigh(
+                        table,
+                        &mut step,
+                        &first,
+                        key::entry(touch.ino, name, touch.label),
+                        birth,
+                    )?
                 }
                 Aspect::Chunk(chunk) => {
                     self.weigh_chunk(table, &mut step, (touch.ino, *chunk), touch.label, birth)?
@@ -196,7 +234,9 @@ impl Store {
         key: Vec<u8>,
         birth: Epoch,
     ) -> Result<bool> {
-        let Some(value) = self.layers.index.get(&key)? else { return Ok(true) };
+        let Some(value) = self.layers.index.get(&key)? else {
+            return Ok(true);
+        };
         let before = self.layers.last(first, &key)?;
         let before = before.map_or(Ok(Epoch(0)), |(key, _)| label_at_end(&key))?;
         let dead = table.is_dead(before.max(birth), label_at_end(&key)?);
@@ -219,7 +259,9 @@ impl Store {
         let mut lower = [birth; CHUNK_BLOCKS as usize];
         if label > Epoch(0) {
             for piece in self.pieces(ino, chunk, Epoch(0), Some(Epoch(label.0 - 1)))? {
-                piece.range().for_each(|block| lower[block] = lower[block].max(piece.label));
+                piece
+                    .range()
+                    .for_each(|block| lower[block] = lower[block].max(piece.label));
             }
         }
         let dead = lower.map(|lower| table.is_dead(lower, label));
@@ -251,7 +293,10 @@ impl Store {
         for (key, value) in page {
             let (gone, retained) = key::retained_value(&value)?;
             // A newer record in memory is the one that counts, and is not for this walk.
-            let current = self.layers.get(&key)?.is_some_and(|current| current == value);
+            let current = self
+                .layers
+                .get(&key)?
+                .is_some_and(|current| current == value);
             if current && table.is_dead(retained.birth, retained.removed) {
                 if !gone {
                     release(&retained)?;
@@ -277,14 +322,19 @@ impl Store {
 
     fn forget(&self, dead: Vec<key::Pair>) -> Result<()> {
         self.layers.edit(checkpoint::removal(dead.clone()))?;
-        dead.iter().for_each(|(key, value)| self.journal.uncount(key, value));
+        dead.iter()
+            .for_each(|(key, value)| self.journal.uncount(key, value));
         Ok(())
     }
 
     fn carry_out(&self, step: Step) -> Result<()> {
         self.layers.edit(step.changes)?;
-        step.dead.iter().for_each(|(key, value)| self.journal.uncount(key, value));
-        step.born.iter().for_each(|(key, value)| self.journal.count(key, value));
+        step.dead
+            .iter()
+            .for_each(|(key, value)| self.journal.uncount(key, value));
+        step.born
+            .iter()
+            .for_each(|(key, value)| self.journal.count(key, value));
         // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
         for (segment, offset, len) in step.punch {
             if let Some(file) = self.journal.file(segment)? {
@@ -308,7 +358,8 @@ impl Step {
                 self.born.push((part.key(), part.value()));
             } else if let Some(place) = &part.place {
                 let (offset, len) = (u64::from(place.block) * BLOCK as u64, run.len() * BLOCK);
-                self.punch.push((key::segment_of(part.lsn), offset, len as u64));
+                self.punch
+                    .push((key::segment_of(part.lsn), offset, len as u64));
                 self.blocks += run.len();
             }
         }

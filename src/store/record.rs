@@ -1,7 +1,9 @@
 //! Journal records to bytes and back, and their checksum. Pure: no I/O (docs/FORMAT.md has the tables).
 
 use super::codec::{Reader, Writer};
-use super::types::{AttrImage, EntryImage, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Timestamp};
+use super::types::{
+    AttrImage, EntryImage, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Timestamp,
+};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino, Lsn};
 use rustix::io::Errno;
@@ -92,7 +94,11 @@ pub(super) struct Table {
 
 impl Default for Table {
     fn default() -> Self {
-        Self { version: 0, epoch: Epoch(0), snapshots: Vec::new() }
+        Self {
+            version: 0,
+            epoch: Epoch(0),
+            snapshots: Vec::new(),
+        }
     }
 }
 
@@ -125,7 +131,11 @@ impl Record {
     pub(super) fn body(&self) -> Vec<u8> {
         let mut w = Writer::default();
         match self {
-            Self::Segment { uuid, number, log_area } => {
+            Self::Segment {
+                uuid,
+                number,
+                log_area,
+            } => {
                 w.raw(&MAGIC);
                 w.u32(VERSION);
                 w.u32(*number);
@@ -138,7 +148,12 @@ impl Record {
                 w.u64(label.0);
                 put_attr(&mut w, image);
             }
-            Self::Entry { dir, label, name, was } => {
+            Self::Entry {
+                dir,
+                label,
+                name,
+                was,
+            } => {
                 w.u64(dir.0);
                 w.u64(label.0);
                 w.bytes(name);
@@ -165,24 +180,41 @@ impl Record {
             2 => Self::Table(get_table(&mut r)?),
             3 => {
                 let (ino, label) = (Ino(r.u64()?), Epoch(r.u64()?));
-                Self::Attr { ino, label, image: get_attr(&mut r)? }
+                Self::Attr {
+                    ino,
+                    label,
+                    image: get_attr(&mut r)?,
+                }
             }
             4 => {
                 let (dir, label) = (Ino(r.u64()?), Epoch(r.u64()?));
                 let name = r.bytes(MAX_NAME)?.to_vec();
-                Self::Entry { dir, label, name, was: get_entry(&mut r)? }
+                Self::Entry {
+                    dir,
+                    label,
+                    name,
+                    was: get_entry(&mut r)?,
+                }
             }
             5 => Self::Extent(get_extent(&mut r)?),
-            6 => Self::Birth { ino: Ino(r.u64()?), epoch: Epoch(r.u64()?) },
+            6 => Self::Birth {
+                ino: Ino(r.u64()?),
+                epoch: Epoch(r.u64()?),
+            },
             7 => {
                 let gone = r.u8()? != 0;
-                Self::Retained { gone, retained: get_retained(&mut r)? }
+                Self::Retained {
+                    gone,
+                    retained: get_retained(&mut r)?,
+                }
             }
             8 => Self::Seal { used: r.u64()? },
             _ => return Err(Error::Corrupt(format!("record of unknown type {kind}"))),
         };
         r.end()?;
-        record.check().map_err(|_| Error::Corrupt("a record with a field out of range".into()))?;
+        record
+            .check()
+            .map_err(|_| Error::Corrupt("a record with a field out of range".into()))?;
         Ok(record)
     }
 
@@ -191,31 +223,47 @@ impl Record {
         let handle = |h: &ObjectHandle| h.bytes.len() <= MAX_HANDLE;
         let name = |n: &[u8]| n.len() <= MAX_NAME && !n.contains(&0);
         let good = match self {
-            Self::Attr { image, .. } => {
-                image.xattrs.iter().all(|(n, v)| n.len() <= MAX_NAME && v.len() <= MAX_VALUE)
+            Self::Attr { image, .. } => image
+                .xattrs
+                .iter()
+                .all(|(n, v)| n.len() <= MAX_NAME && v.len() <= MAX_VALUE),
+            Self::Entry { name: n, was, .. } => {
+                name(n) && was.as_ref().is_none_or(|e| handle(&e.handle))
             }
-            Self::Entry { name: n, was, .. } => name(n) && was.as_ref().is_none_or(|e| handle(&e.handle)),
             Self::Retained { retained, .. } => {
                 handle(&retained.handle)
-                    && retained.origin.as_ref().is_none_or(|(_, h, n)| handle(h) && name(n))
+                    && retained
+                        .origin
+                        .as_ref()
+                        .is_none_or(|(_, h, n)| handle(h) && name(n))
             }
             Self::Table(table) => table.snapshots.iter().all(|s| s.name.len() <= MAX_NAME),
             Self::Extent(extent) => extent.is_sound(),
             Self::Segment { .. } | Self::Birth { .. } | Self::Seal { .. } => true,
         };
-        if good { Ok(()) } else { Err(Error::Os(Errno::INVAL)) }
+        if good {
+            Ok(())
+        } else {
+            Err(Error::Os(Errno::INVAL))
+        }
     }
 }
 
 impl Extent {
     /// The chunk it lies in, and its first block within that chunk.
     pub(super) fn position(&self) -> (u64, u16) {
-        (self.first_block / CHUNK_BLOCKS, (self.first_block % CHUNK_BLOCKS) as u16)
+        (
+            self.first_block / CHUNK_BLOCKS,
+            (self.first_block % CHUNK_BLOCKS) as u16,
+        )
     }
 
     fn is_sound(&self) -> bool {
         let (_, start) = self.position();
-        let placed = self.place.as_ref().is_none_or(|p| p.crcs.len() == usize::from(self.blocks));
+        let placed = self
+            .place
+            .as_ref()
+            .is_none_or(|p| p.crcs.len() == usize::from(self.blocks));
         self.blocks > 0 && u64::from(start) + u64::from(self.blocks) <= CHUNK_BLOCKS && placed
     }
 }
@@ -226,7 +274,10 @@ fn put_time(w: &mut Writer, time: Timestamp) {
 }
 
 fn get_time(r: &mut Reader<'_>) -> Result<Timestamp> {
-    Ok(Timestamp { sec: r.u64()? as i64, nsec: r.u32()? })
+    Ok(Timestamp {
+        sec: r.u64()? as i64,
+        nsec: r.u32()?,
+    })
 }
 
 fn put_handle(w: &mut Writer, handle: &ObjectHandle) {
@@ -235,7 +286,10 @@ fn put_handle(w: &mut Writer, handle: &ObjectHandle) {
 }
 
 fn get_handle(r: &mut Reader<'_>) -> Result<ObjectHandle> {
-    Ok(ObjectHandle { kind: r.u32()? as i32, bytes: r.bytes(MAX_HANDLE)?.to_vec() })
+    Ok(ObjectHandle {
+        kind: r.u32()? as i32,
+        bytes: r.bytes(MAX_HANDLE)?.to_vec(),
+    })
 }
 
 pub(super) fn put_attr(w: &mut Writer, image: &AttrImage) {
@@ -263,14 +317,31 @@ pub(super) fn get_attr(r: &mut Reader<'_>) -> Result<AttrImage> {
     let (mode, uid, gid, nlink, blksize) = (r.u32()?, r.u32()?, r.u32()?, r.u32()?, r.u32()?);
     let (size, blocks, rdev) = (r.u64()?, r.u64()?, r.u64()?);
     let (atime, mtime, ctime) = (get_time(r)?, get_time(r)?, get_time(r)?);
-    let btime = if r.u8()? == 0 { None } else { Some(get_time(r)?) };
+    let btime = if r.u8()? == 0 {
+        None
+    } else {
+        Some(get_time(r)?)
+    };
     let count = r.count(8)?;
     let mut xattrs = Vec::with_capacity(count.min(64));
     for _ in 0..count {
         xattrs.push((r.bytes(MAX_NAME)?.to_vec(), r.bytes(MAX_VALUE)?.to_vec()));
     }
-    let image =
-        AttrImage { mode, uid, gid, nlink, size, blocks, blksize, rdev, atime, mtime, ctime, btime, xattrs };
+    let image = AttrImage {
+        mode,
+        uid,
+        gid,
+        nlink,
+        size,
+        blocks,
+        blksize,
+        rdev,
+        atime,
+        mtime,
+        ctime,
+        btime,
+        xattrs,
+    };
     Ok(image)
 }
 
@@ -287,7 +358,11 @@ pub(super) fn get_entry(r: &mut Reader<'_>) -> Result<Option<EntryImage>> {
     if r.u8()? == 0 {
         return Ok(None);
     }
-    Ok(Some(EntryImage { ino: Ino(r.u64()?), kind: r.u8()?, handle: get_handle(r)? }))
+    Ok(Some(EntryImage {
+        ino: Ino(r.u64()?),
+        kind: r.u8()?,
+        handle: get_handle(r)?,
+    }))
 }
 
 pub(super) fn put_retained(w: &mut Writer, retained: &Retained) {
@@ -311,7 +386,14 @@ pub(super) fn get_retained(r: &mut Reader<'_>) -> Result<Retained> {
         0 => None,
         _ => Some((Ino(r.u64()?), get_handle(r)?, r.bytes(MAX_NAME)?.to_vec())),
     };
-    Ok(Retained { ino, kind, handle, birth, removed, origin })
+    Ok(Retained {
+        ino,
+        kind,
+        handle,
+        birth,
+        removed,
+        origin,
+    })
 }
 
 fn put_extent(w: &mut Writer, extent: &Extent) {
@@ -329,14 +411,27 @@ fn put_extent(w: &mut Writer, extent: &Extent) {
 fn get_extent(r: &mut Reader<'_>) -> Result<Extent> {
     let (ino, label, first_block) = (Ino(r.u64()?), Epoch(r.u64()?), r.u64()?);
     let blocks = r.u16()?;
-    let place = if r.u8()? == 0 { None } else { Some(get_place(r, blocks)?) };
-    Ok(Extent { ino, label, first_block, blocks, place })
+    let place = if r.u8()? == 0 {
+        None
+    } else {
+        Some(get_place(r, blocks)?)
+    };
+    Ok(Extent {
+        ino,
+        label,
+        first_block,
+        blocks,
+        place,
+    })
 }
 
 pub(super) fn get_place(r: &mut Reader<'_>, blocks: u16) -> Result<Place> {
     let block = r.u32()?;
     let crcs = r.raw(usize::from(blocks) * 4)?;
-    let crcs = crcs.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
+    let crcs = crcs
+        .chunks_exact(4)
+        .map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]))
+        .collect();
     Ok(Place { block, crcs })
 }
 
@@ -375,9 +470,19 @@ pub(super) fn get_table(r: &mut Reader<'_>) -> Result<Table> {
         if snapshots.last().is_some_and(|last| last.epoch >= epoch) {
             return Err(Error::Corrupt("snapshot table out of order".into()));
         }
-        snapshots.push(SnapshotInfo { epoch, name, created, held, state });
+        snapshots.push(SnapshotInfo {
+            epoch,
+            name,
+            created,
+            held,
+            state,
+        });
     }
-    Ok(Table { version, epoch, snapshots })
+    Ok(Table {
+        version,
+        epoch,
+        snapshots,
+    })
 }
 
 fn get_segment(r: &mut Reader<'_>) -> Result<Record> {
@@ -386,10 +491,16 @@ fn get_segment(r: &mut Reader<'_>) -> Result<Record> {
     }
     let version = r.u32()?;
     if version != VERSION {
-        return Err(Error::Corrupt(format!("segment of format {version}, this release knows {VERSION}")));
+        return Err(Error::Corrupt(format!(
+            "segment of format {version}, this release knows {VERSION}"
+        )));
     }
     let (number, log_area, uuid) = (r.u32()?, r.u64()?, r.u128()?);
-    Ok(Record::Segment { uuid, number, log_area })
+    Ok(Record::Segment {
+        uuid,
+        number,
+        log_area,
+    })
 }
 
 /// What the log has of a record: its body, or where the body is.
@@ -412,7 +523,11 @@ pub(super) fn frame_len(len: usize) -> usize {
 
 /// Bytes that the record takes in the payload area for its body.
 pub(super) fn spill_len(len: usize) -> usize {
-    if len > MAX_INLINE { len.next_multiple_of(BLOCK) } else { 0 }
+    if len > MAX_INLINE {
+        len.next_multiple_of(BLOCK)
+    } else {
+        0
+    }
 }
 
 /// Appends the record's bytes in the log to `out`.
@@ -469,7 +584,11 @@ pub(super) fn get_frame(bytes: &[u8], uuid: u128, lsn: Lsn) -> Option<Frame> {
     let body = if flags & SPILLED == 0 {
         Body::Inline(body.0.to_vec())
     } else {
-        Body::Spilled { offset: body.u64().ok()?, len: body.u32().ok()?, crc: body.u32().ok()? }
+        Body::Spilled {
+            offset: body.u64().ok()?,
+            len: body.u32().ok()?,
+            crc: body.u32().ok()?,
+        }
     };
     Some(Frame { kind, body, len })
 }

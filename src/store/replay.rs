@@ -39,7 +39,10 @@ pub(super) fn read_segment(
     default_log_area: u64,
 ) -> Result<SegmentLog> {
     let log_area = log_area(file, number, uuid)?;
-    let mut out = SegmentLog { log_area: log_area.unwrap_or(default_log_area), ..SegmentLog::default() };
+    let mut out = SegmentLog {
+        log_area: log_area.unwrap_or(default_log_area),
+        ..SegmentLog::default()
+    };
     let len = file.size()?.min(out.log_area);
     let mut log = vec![0; usize::try_from(len).unwrap_or(0)];
     let read = file.read_at(&mut log, 0)?;
@@ -52,14 +55,18 @@ pub(super) fn read_segment(
     while position < log.len() {
         let lsn = lsn_at(number, position as u32);
         let Some(frame) = record::get_frame(&log[position..], uuid, lsn) else {
-            let Some(next) = next_frame(&log, position + 8, number, uuid) else { break };
+            let Some(next) = next_frame(&log, position + 8, number, uuid) else {
+                break;
+            };
             gaps.push((position, next, out.records.len()));
             position = next;
             continue;
         };
         match decode(file, frame.kind, frame.body) {
             Ok(record) => out.records.push((lsn, record)),
-            Err(why) => out.damage.push(format!("{}: record at {position}: {why}", name_of(number))),
+            Err(why) => out
+                .damage
+                .push(format!("{}: record at {position}: {why}", name_of(number))),
         }
         position += frame.len;
         out.end = position as u32;
@@ -91,7 +98,9 @@ fn settle(out: &mut SegmentLog, number: u32, durable: u32, gaps: Vec<(usize, usi
 fn log_area(file: &dyn MediaFile, number: u32, uuid: u128) -> Result<Option<u64>> {
     let mut head = [0; 256];
     let read = file.read_at(&mut head, 0)?;
-    let Some(frame) = record::get_frame(&head[..read], uuid, lsn_at(number, 0)) else { return Ok(None) };
+    let Some(frame) = record::get_frame(&head[..read], uuid, lsn_at(number, 0)) else {
+        return Ok(None);
+    };
     match decode(file, frame.kind, frame.body) {
         Ok(Record::Segment { log_area, .. }) if log_area <= 1 << 30 => Ok(Some(log_area)),
         _ => Ok(None),

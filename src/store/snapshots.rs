@@ -24,15 +24,24 @@ impl Published {
     pub(super) fn is_dead(&self, lower: Epoch, label: Epoch) -> bool {
         let from = self.all.partition_point(|s| s.epoch <= lower);
         let within = self.all[from..].iter().take_while(|s| s.epoch <= label);
-        label <= self.epoch && within.into_iter().all(|s| s.state == SnapshotState::Deleting)
+        label <= self.epoch
+            && within
+                .into_iter()
+                .all(|s| s.state == SnapshotState::Deleting)
     }
 
     pub(super) fn existing(&self) -> impl DoubleEndedIterator<Item = Epoch> {
-        self.all.iter().filter(|s| s.state != SnapshotState::Deleting).map(|s| s.epoch)
+        self.all
+            .iter()
+            .filter(|s| s.state != SnapshotState::Deleting)
+            .map(|s| s.epoch)
     }
 
     pub(super) fn deleting(&self) -> impl Iterator<Item = Epoch> {
-        self.all.iter().filter(|s| s.state == SnapshotState::Deleting).map(|s| s.epoch)
+        self.all
+            .iter()
+            .filter(|s| s.state == SnapshotState::Deleting)
+            .map(|s| s.epoch)
     }
 }
 
@@ -57,7 +66,10 @@ pub(super) struct Snapshots {
 
 impl Snapshots {
     pub(super) fn new(table: Table, home: Option<u32>) -> Self {
-        let published = Published { epoch: table.epoch, all: Arc::new(table.snapshots.clone()) };
+        let published = Published {
+            epoch: table.epoch,
+            all: Arc::new(table.snapshots.clone()),
+        };
         let snapshots = Self {
             newest: AtomicU64::new(0),
             highest: AtomicU64::new(table.epoch.0),
@@ -83,8 +95,14 @@ impl Snapshots {
     }
 
     fn publish(&self, published: Published) {
-        let keeps = |s: &&SnapshotInfo| matches!(s.state, SnapshotState::Ready | SnapshotState::Suspect);
-        let newest = published.all.iter().rev().find(keeps).map_or(0, |s| s.epoch.0);
+        let keeps =
+            |s: &&SnapshotInfo| matches!(s.state, SnapshotState::Ready | SnapshotState::Suspect);
+        let newest = published
+            .all
+            .iter()
+            .rev()
+            .find(keeps)
+            .map_or(0, |s| s.epoch.0);
         self.newest.store(newest, Ordering::SeqCst);
         *self.published.write() = published;
     }
@@ -96,7 +114,11 @@ impl Snapshots {
     }
 
     /// Changes the table: first in the journal, then in memory.
-    fn change(&self, journal: &Journal, change: impl FnOnce(&mut Vec<SnapshotInfo>)) -> Result<Lsn> {
+    fn change(
+        &self,
+        journal: &Journal,
+        change: impl FnOnce(&mut Vec<SnapshotInfo>),
+    ) -> Result<Lsn> {
         let mut current = self.current.lock();
         let mut table = current.table.clone();
         change(&mut table.snapshots);
@@ -106,10 +128,22 @@ impl Snapshots {
         self.saw(epoch);
         table.epoch = self.highest();
         let record = Record::Table(table.clone());
-        let lsn = journal.append(Batch { records: vec![record.clone()], payload: &[] }, |_| {})?;
+        let lsn = journal.append(
+            Batch {
+                records: vec![record.clone()],
+                payload: &[],
+            },
+            |_| {},
+        )?;
         journal.set_preface(record);
-        self.publish(Published { epoch, all: Arc::new(table.snapshots.clone()) });
-        *current = Current { table, home: Some(segment_of(lsn)) };
+        self.publish(Published {
+            epoch,
+            all: Arc::new(table.snapshots.clone()),
+        });
+        *current = Current {
+            table,
+            home: Some(segment_of(lsn)),
+        };
         Ok(lsn)
     }
 
@@ -126,7 +160,8 @@ impl Snapshots {
     /// Takes snapshots whose space has been freed out of the table.
     pub(super) fn drop_deleted(&self, journal: &Journal, done: &[Epoch]) -> Result<()> {
         let gone = |s: &SnapshotInfo| s.state == SnapshotState::Deleting && done.contains(&s.epoch);
-        self.change(journal, |all| all.retain(|s| !gone(s))).map(drop)
+        self.change(journal, |all| all.retain(|s| !gone(s)))
+            .map(drop)
     }
 }
 
@@ -159,11 +194,15 @@ impl Store {
     /// table is as it was.
     pub fn record_snapshot(&self, info: &SnapshotInfo) -> Result<Lsn> {
         if info.name.len() > 255 {
-            return Err(Error::SnapshotName(String::from_utf8_lossy(&info.name).into_owned()));
+            return Err(Error::SnapshotName(
+                String::from_utf8_lossy(&info.name).into_owned(),
+            ));
         }
-        self.snapshots.change(&self.journal, |all| match all.binary_search_by_key(&info.epoch, |s| s.epoch) {
-            Ok(at) => all[at] = info.clone(),
-            Err(at) => all.insert(at, info.clone()),
+        self.snapshots.change(&self.journal, |all| {
+            match all.binary_search_by_key(&info.epoch, |s| s.epoch) {
+                Ok(at) => all[at] = info.clone(),
+                Err(at) => all.insert(at, info.clone()),
+            }
         })
     }
 
@@ -177,7 +216,9 @@ impl Store {
             return Err(Error::SnapshotMissing(format!("number {k}")));
         }
         let lsn = self.snapshots.change(&self.journal, |all| {
-            all.iter_mut().filter(|s| s.epoch == k).for_each(|s| s.state = SnapshotState::Deleting);
+            all.iter_mut()
+                .filter(|s| s.epoch == k)
+                .for_each(|s| s.state = SnapshotState::Deleting);
         })?;
         self.journal.wait_durable(lsn)?;
         Ok(lsn)

@@ -5,7 +5,9 @@ use super::journal::lsn_at;
 use super::key::{self, Aspect, Piece, Touch};
 use super::layers::Layers;
 use super::record::{self, Body, Extent, Place, Record, Table};
-use super::types::{AttrImage, EntryImage, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Timestamp};
+use super::types::{
+    AttrImage, EntryImage, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Timestamp,
+};
 use crate::ids::{BLOCK, Epoch, Ino, Lsn};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -13,11 +15,17 @@ use rand::{Rng, SeedableRng};
 const UUID: u128 = 0x1234_5678_9abc_def0;
 
 fn handle(len: usize) -> ObjectHandle {
-    ObjectHandle { kind: -3, bytes: vec![9; len] }
+    ObjectHandle {
+        kind: -3,
+        bytes: vec![9; len],
+    }
 }
 
 fn records() -> Vec<Record> {
-    let time = Timestamp { sec: -5, nsec: 999_999_999 };
+    let time = Timestamp {
+        sec: -5,
+        nsec: 999_999_999,
+    };
     let image = AttrImage {
         mode: 0o104_755,
         uid: u32::MAX,
@@ -25,7 +33,10 @@ fn records() -> Vec<Record> {
         rdev: 0x0103,
         atime: time,
         btime: Some(time),
-        xattrs: vec![(b"user.a".to_vec(), vec![]), (b"security.b".to_vec(), vec![1; 70_000])],
+        xattrs: vec![
+            (b"user.a".to_vec(), vec![]),
+            (b"security.b".to_vec(), vec![1; 70_000]),
+        ],
         ..AttrImage::default()
     };
     let info = |epoch, state| SnapshotInfo {
@@ -43,23 +54,75 @@ fn records() -> Vec<Record> {
         removed: Epoch(9),
         origin: Some((Ino(3), handle(0), vec![b'x'; 255])),
     };
-    let was = EntryImage { ino: Ino(u64::MAX), kind: 4, handle: handle(8) };
-    let place = Some(Place { block: 77, crcs: vec![1, 2, u32::MAX] });
-    let states =
-        [SnapshotState::Ready, SnapshotState::Deleting, SnapshotState::Suspect, SnapshotState::Invalid];
-    let snapshots = states.into_iter().zip(1..).map(|(state, epoch)| info(epoch, state)).collect();
+    let was = EntryImage {
+        ino: Ino(u64::MAX),
+        kind: 4,
+        handle: handle(8),
+    };
+    let place = Some(Place {
+        block: 77,
+        crcs: vec![1, 2, u32::MAX],
+    });
+    let states = [
+        SnapshotState::Ready,
+        SnapshotState::Deleting,
+        SnapshotState::Suspect,
+        SnapshotState::Invalid,
+    ];
+    let snapshots = states
+        .into_iter()
+        .zip(1..)
+        .map(|(state, epoch)| info(epoch, state))
+        .collect();
     let (ino, dir, label) = (Ino(5), Ino(6), Epoch(4));
     vec![
-        Record::Segment { uuid: UUID, number: 3, log_area: 1 << 20 },
-        Record::Table(Table { version: 8, epoch: Epoch(12), snapshots }),
+        Record::Segment {
+            uuid: UUID,
+            number: 3,
+            log_area: 1 << 20,
+        },
+        Record::Table(Table {
+            version: 8,
+            epoch: Epoch(12),
+            snapshots,
+        }),
         Record::Attr { ino, label, image },
-        Record::Attr { ino, label, image: AttrImage::default() },
-        Record::Entry { dir, label, name: vec![0xfe; 255], was: Some(was) },
-        Record::Entry { dir, label, name: b"a".to_vec(), was: None },
-        Record::Extent(Extent { ino, label, first_block: 253, blocks: 3, place }),
-        Record::Extent(Extent { ino, label, first_block: u64::MAX, blocks: 1, place: None }),
+        Record::Attr {
+            ino,
+            label,
+            image: AttrImage::default(),
+        },
+        Record::Entry {
+            dir,
+            label,
+            name: vec![0xfe; 255],
+            was: Some(was),
+        },
+        Record::Entry {
+            dir,
+            label,
+            name: b"a".to_vec(),
+            was: None,
+        },
+        Record::Extent(Extent {
+            ino,
+            label,
+            first_block: 253,
+            blocks: 3,
+            place,
+        }),
+        Record::Extent(Extent {
+            ino,
+            label,
+            first_block: u64::MAX,
+            blocks: 1,
+            place: None,
+        }),
         Record::Birth { ino, epoch: label },
-        Record::Retained { gone: true, retained },
+        Record::Retained {
+            gone: true,
+            retained,
+        },
         Record::Seal { used: 12_345 },
     ]
 }
@@ -74,7 +137,10 @@ fn records_come_back_as_they_were() {
         let inline = Body::Inline(body[..body.len().min(record::MAX_INLINE)].to_vec());
         record::put_frame(&mut bytes, UUID, record.kind(), &inline, lsn);
         let frame = record::get_frame(&bytes[3..], UUID, lsn).unwrap();
-        assert_eq!((frame.kind, frame.body, frame.len), (record.kind(), inline, bytes.len() - 3));
+        assert_eq!(
+            (frame.kind, frame.body, frame.len),
+            (record.kind(), inline, bytes.len() - 3)
+        );
         assert_eq!(frame.len % 8, 0);
         // Neither another store's, nor of another place.
         assert_eq!(record::get_frame(&bytes[3..], UUID + 1, lsn), None);
@@ -85,13 +151,33 @@ fn records_come_back_as_they_were() {
 #[test]
 fn what_could_not_be_read_back_is_refused() {
     let (dir, label) = (Ino(1), Epoch(1));
-    let entry = |name: &[u8], was| Record::Entry { dir, label, name: name.to_vec(), was }.check();
-    let was = |len| Some(EntryImage { ino: Ino(2), kind: 8, handle: handle(len) });
+    let entry = |name: &[u8], was| {
+        Record::Entry {
+            dir,
+            label,
+            name: name.to_vec(),
+            was,
+        }
+        .check()
+    };
+    let was = |len| {
+        Some(EntryImage {
+            ino: Ino(2),
+            kind: 8,
+            handle: handle(len),
+        })
+    };
     assert!(entry(&[b'n'; 255], was(128)).is_ok());
     assert!(entry(&[b'n'; 256], None).is_err());
     assert!(entry(b"a\0b", None).is_err());
     assert!(entry(b"a", was(129)).is_err());
-    let extent = |first_block, blocks| Extent { ino: dir, label, first_block, blocks, place: None };
+    let extent = |first_block, blocks| Extent {
+        ino: dir,
+        label,
+        first_block,
+        blocks,
+        place: None,
+    };
     assert!(Record::Extent(extent(255, 1)).check().is_ok());
     assert!(Record::Extent(extent(255, 2)).check().is_err());
     assert!(Record::Extent(extent(0, 0)).check().is_err());
@@ -145,15 +231,27 @@ fn hostile_bytes_are_an_error_and_nothing_worse() {
 fn a_damaged_frame_is_never_taken_for_a_record() {
     let lsn = lsn_at(1, 0);
     let mut bytes = Vec::new();
-    let body = Record::Birth { ino: Ino(1), epoch: Epoch(2) }.body();
+    let body = Record::Birth {
+        ino: Ino(1),
+        epoch: Epoch(2),
+    }
+    .body();
     record::put_frame(&mut bytes, UUID, 6, &Body::Inline(body), lsn);
     for at in 0..bytes.len() {
         for bit in 0..8 {
             let mut bad = bytes.clone();
             bad[at] ^= 1 << bit;
-            assert_eq!(record::get_frame(&bad, UUID, lsn), None, "bit {bit} of byte {at}");
+            assert_eq!(
+                record::get_frame(&bad, UUID, lsn),
+                None,
+                "bit {bit} of byte {at}"
+            );
         }
-        assert_eq!(record::get_frame(&bytes[..at], UUID, lsn), None, "torn at {at}");
+        assert_eq!(
+            record::get_frame(&bytes[..at], UUID, lsn),
+            None,
+            "torn at {at}"
+        );
     }
 }
 
@@ -167,7 +265,11 @@ fn keys_order_as_their_numbers_do() {
     assert_eq!(key::entry_parts(&label(9)).unwrap(), (&b"ab"[..], Epoch(9)));
     assert_eq!(key::after_prefix(&[1, 255, 255]), [2]);
     for aspect in [Aspect::Attr, Aspect::Chunk(4), Aspect::Entry(vec![1, 255])] {
-        let touch = Touch { label: Epoch(3), ino: Ino(u64::MAX), aspect };
+        let touch = Touch {
+            label: Epoch(3),
+            ino: Ino(u64::MAX),
+            aspect,
+        };
         assert_eq!(Touch::parse(&touch.key()).unwrap(), touch);
         let (from, to) = key::touched(Epoch(3), Epoch(3));
         assert!(from <= touch.key() && touch.key() < to);
@@ -176,16 +278,34 @@ fn keys_order_as_their_numbers_do() {
 
 #[test]
 fn a_piece_can_be_cut() {
-    let place = Some(Place { block: 10, crcs: (0..5).collect() });
-    let extent = Extent { ino: Ino(1), label: Epoch(2), first_block: 259, blocks: 5, place };
+    let place = Some(Place {
+        block: 10,
+        crcs: (0..5).collect(),
+    });
+    let extent = Extent {
+        ino: Ino(1),
+        label: Epoch(2),
+        first_block: 259,
+        blocks: 5,
+        place,
+    };
     let piece = Piece::of(&extent, Lsn(7 << 32 | 8));
     assert_eq!((piece.chunk, piece.range()), (1, 3..8));
     assert_eq!(Piece::parse(&piece.key(), &piece.value()).unwrap(), piece);
     let part = piece.part(5..7);
     assert_eq!((part.start, part.blocks), (5, 2));
-    assert_eq!(part.place, Some(Place { block: 12, crcs: vec![2, 3] }));
+    assert_eq!(
+        part.place,
+        Some(Place {
+            block: 12,
+            crcs: vec![2, 3]
+        })
+    );
     let footprint = key::footprint(&part.key(), &part.value()).unwrap();
-    assert_eq!((footprint.segment, footprint.payload), (7, 2 * BLOCK as u64));
+    assert_eq!(
+        (footprint.segment, footprint.payload),
+        (7, 2 * BLOCK as u64)
+    );
 }
 
 #[test]
@@ -200,7 +320,11 @@ fn layers_merge_by_key_and_the_newest_wins() {
         if round == 1000 {
             layers.freeze(Lsn(0));
             let frozen = layers.frozen().unwrap();
-            let changes = frozen.map.iter().map(|(k, v)| (k.clone(), Some(v.clone()))).collect();
+            let changes = frozen
+                .map
+                .iter()
+                .map(|(k, v)| (k.clone(), Some(v.clone())))
+                .collect();
             layers.index.apply(changes).unwrap();
             layers.thaw();
         }
@@ -223,7 +347,10 @@ fn layers_merge_by_key_and_the_newest_wins() {
         let owned = |pair: Option<(&Vec<u8>, &Vec<u8>)>| pair.map(|(k, v)| (k.clone(), v.clone()));
         assert_eq!(layers.first(&from, &to).unwrap(), owned(range().next()));
         assert_eq!(layers.last(&from, &to).unwrap(), owned(range().next_back()));
-        assert_eq!(layers.get(&from).unwrap(), expected.get(from.as_slice()).cloned());
+        assert_eq!(
+            layers.get(&from).unwrap(),
+            expected.get(from.as_slice()).cloned()
+        );
     }
     layers.thaw();
     assert!(layers.bytes() > 0);

@@ -17,7 +17,11 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { in_memory_index: false, segment_size: 64 << 20, log_area: 1 << 20 }
+        Self {
+            in_memory_index: false,
+            segment_size: 64 << 20,
+            log_area: 1 << 20,
+        }
     }
 }
 
@@ -105,7 +109,10 @@ pub struct Payload {
 
 impl std::fmt::Debug for Payload {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Payload").field("segment", &self.segment).field("block", &self.block).finish()
+        f.debug_struct("Payload")
+            .field("segment", &self.segment)
+            .field("block", &self.block)
+            .finish()
     }
 }
 

@@ -7,10 +7,10 @@ mod tree;
 mod walk;
 mod world;
 
-use world::{Op, World, op};
 use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, any};
 use proptest::test_runner::{RngAlgorithm, TestCaseError, TestRng, TestRunner};
+use world::{Op, World, op};
 
 /// Operations of one case.
 const OPS: usize = 300;
@@ -27,7 +27,10 @@ fn seed() -> [u8; 32] {
         }
         Err(_) => {
             use std::io::Read;
-            std::fs::File::open("/dev/urandom").unwrap().read_exact(&mut seed).unwrap();
+            std::fs::File::open("/dev/urandom")
+                .unwrap()
+                .read_exact(&mut seed)
+                .unwrap();
         }
     }
     let hex: String = seed.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -51,7 +54,9 @@ fn run(cases: u32, in_memory_index: bool) {
         count.set(count.get() + ops.len());
         let mut world = World::new(in_memory_index, strict);
         for op in &ops {
-            world.apply(op).map_err(|why| TestCaseError::fail(format!("{op:?}: {why}")))?;
+            world
+                .apply(op)
+                .map_err(|why| TestCaseError::fail(format!("{op:?}: {why}")))?;
         }
         world.finish().map_err(TestCaseError::fail)
     });

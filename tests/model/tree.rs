@@ -107,7 +107,10 @@ impl Tree {
     }
 
     pub fn links(&self, id: Id) -> usize {
-        self.paths().iter().filter(|(_, other)| *other == id).count()
+        self.paths()
+            .iter()
+            .filter(|(_, other)| *other == id)
+            .count()
     }
 
     /// Whether `inner` is `outer` or somewhere beneath it.

@@ -32,7 +32,8 @@ pub fn walk(engine: &Engine, root: NodeId, forget: bool) -> Result<View, String>
         first: HashMap::new(),
         forget,
     };
-    walk.visit(root, b"/".to_vec()).map_err(|error| error.to_string())?;
+    walk.visit(root, b"/".to_vec())
+        .map_err(|error| error.to_string())?;
     Ok(walk.view)
 }
 
@@ -131,9 +132,14 @@ fn data_map(engine: &Engine, file: &OpenFile, size: u64) -> cowfs::error::Result
     let mut map = Vec::new();
     let mut at = 0;
     while at < size {
-        let Ok(data) = engine.seek(file, at, false) else { break };
+        let Ok(data) = engine.seek(file, at, false) else {
+            break;
+        };
         let hole = engine.seek(file, data, true)?;
-        assert!(data >= at && hole > data && hole <= size, "{at} {data} {hole} {size}");
+        assert!(
+            data >= at && hole > data && hole <= size,
+            "{at} {data} {hole} {size}"
+        );
         let block = BLOCK as u64;
         map.push((data / block, hole.div_ceil(block)));
         at = hole;

@@ -1,4 +1,6 @@
 //! Random operations, applied to an engine and to the reference.
+use crate::tree::{Body, Id, Name, Tree};
+use crate::walk::{View, walk};
 use cowfs::config::Durability;
 use cowfs::engine::attr::{SetAttr, SetTime};
 use cowfs::engine::creds::Caller;
@@ -13,41 +15,125 @@ use proptest::prelude::*;
 use rustix::fs::RenameFlags;
 use std::collections::BTreeMap;
 use std::time::Duration;
-use crate::tree::{Body, Id, Name, Tree};
-use crate::walk::{View, walk};
 
 /// Operands are indices into what there is at the time, so that a shortened case stays valid; names are few,
 /// so that they collide.
 #[derive(Clone, Debug)]
 pub enum Op {
-    Create { dir: usize, name: u8 },
-    Mkdir { dir: usize, name: u8 },
-    Symlink { dir: usize, name: u8, target: u8 },
-    Fifo { dir: usize, name: u8 },
-    Write { file: usize, at: u32, len: u32, byte: u8 },
-    Truncate { file: usize, size: u32 },
-    Punch { file: usize, at: u32, len: u32 },
-    Zero { file: usize, at: u32, len: u32 },
-    Shift { file: usize, at: u8, len: u8, insert: bool },
-    Copy { from: usize, to: usize, at: u32, into: u32, len: u32 },
-    Chmod { path: usize, mode: u16 },
-    Chown { path: usize, id: u8 },
-    Touch { path: usize, sec: i32, nsec: u32 },
-    SetXattr { path: usize, name: u8, len: u16 },
-    RemoveXattr { path: usize, name: u8 },
-    Remove { path: usize },
-    Rename { path: usize, dir: usize, name: u8, exchange: bool },
-    Link { path: usize, dir: usize, name: u8 },
+    Create {
+        dir: usize,
+        name: u8,
+    },
+    Mkdir {
+        dir: usize,
+        name: u8,
+    },
+    Symlink {
+        dir: usize,
+        name: u8,
+        target: u8,
+    },
+    Fifo {
+        dir: usize,
+        name: u8,
+    },
+    Write {
+        file: usize,
+        at: u32,
+        len: u32,
+        byte: u8,
+    },
+    Truncate {
+        file: usize,
+        size: u32,
+    },
+    Punch {
+        file: usize,
+        at: u32,
+        len: u32,
+    },
+    Zero {
+        file: usize,
+        at: u32,
+        len: u32,
+    },
+    Shift {
+        file: usize,
+        at: u8,
+        len: u8,
+        insert: bool,
+    },
+    Copy {
+        from: usize,
+        to: usize,
+        at: u32,
+        into: u32,
+        len: u32,
+    },
+    Chmod {
+        path: usize,
+        mode: u16,
+    },
+    Chown {
+        path: usize,
+        id: u8,
+    },
+    Touch {
+        path: usize,
+        sec: i32,
+        nsec: u32,
+    },
+    SetXattr {
+        path: usize,
+        name: u8,
+        len: u16,
+    },
+    RemoveXattr {
+        path: usize,
+        name: u8,
+    },
+    Remove {
+        path: usize,
+    },
+    Rename {
+        path: usize,
+        dir: usize,
+        name: u8,
+        exchange: bool,
+    },
+    Link {
+        path: usize,
+        dir: usize,
+        name: u8,
+    },
     /// Opens a file and keeps it open.
-    Hold { file: usize },
+    Hold {
+        file: usize,
+    },
     /// Writes through a file kept open, which may be removed by now.
-    WriteHeld { held: usize, at: u32, len: u32, byte: u8 },
-    Release { held: usize },
+    WriteHeld {
+        held: usize,
+        at: u32,
+        len: u32,
+        byte: u8,
+    },
+    Release {
+        held: usize,
+    },
     Snapshot,
     /// One object crosses into the new epoch before the cut, and is written to in between.
-    SnapshotEarly { file: usize, at: u32, len: u32, byte: u8 },
-    DeleteSnapshot { which: usize },
-    RenameSnapshot { which: usize },
+    SnapshotEarly {
+        file: usize,
+        at: u32,
+        len: u32,
+        byte: u8,
+    },
+    DeleteSnapshot {
+        which: usize,
+    },
+    RenameSnapshot {
+        which: usize,
+    },
     Upkeep,
     Checkpoint,
     /// Ends the engine in good order and opens it anew.
@@ -140,14 +226,22 @@ fn text(error: Error) -> String {
 
 impl World {
     pub fn new(in_memory_index: bool, strict: bool) -> Self {
-        let base = std::env::var("COWFS_TEST_DIR").unwrap_or_else(|_| env!("CARGO_TARGET_TMPDIR").into());
-        let dir = tempfile::Builder::new().prefix("model").tempdir_in(base).unwrap();
+        let base =
+            std::env::var("COWFS_TEST_DIR").unwrap_or_else(|_| env!("CARGO_TARGET_TMPDIR").into());
+        let dir = tempfile::Builder::new()
+            .prefix("model")
+            .tempdir_in(base)
+            .unwrap();
         let mode = std::os::unix::fs::MetadataExt::mode(&dir.path().metadata().unwrap());
         let mut world = Self {
             dir,
             engine: None,
             in_memory_index,
-            durability: if strict { Durability::Strict } else { Durability::Ordered },
+            durability: if strict {
+                Durability::Strict
+            } else {
+                Durability::Ordered
+            },
             live: Tree::new(mode),
             cuts: Vec::new(),
             held: Vec::new(),
@@ -193,7 +287,12 @@ impl World {
     // ---- operands
 
     fn pick_path(&self, index: usize, wanted: impl Fn(Id) -> bool) -> Option<(Vec<Name>, Id)> {
-        let all: Vec<_> = self.live.paths().into_iter().filter(|(_, id)| wanted(*id)).collect();
+        let all: Vec<_> = self
+            .live
+            .paths()
+            .into_iter()
+            .filter(|(_, id)| wanted(*id))
+            .collect();
         (!all.is_empty()).then(|| all[index % all.len()].clone())
     }
 
@@ -229,7 +328,9 @@ impl World {
         f: impl FnOnce(&LiveFile) -> Result<T, Error>,
     ) -> Result<T, String> {
         let engine = self.engine();
-        let file = self.with(path, |node| engine.open_file(node, libc::O_RDWR)).map_err(text)?;
+        let file = self
+            .with(path, |node| engine.open_file(node, libc::O_RDWR))
+            .map_err(text)?;
         match &file {
             OpenFile::Live(live) => f(live).map_err(text),
             OpenFile::At(_) => unreachable!(),
@@ -250,41 +351,81 @@ impl World {
             Op::Fifo { dir, name } => {
                 self.make(dir, name, Some(Make::Node(libc::S_IFIFO | 0o640, 0)))
             }
-            Op::Write { file, at, len, byte } => {
-                let Some((path, id)) = self.pick_file(file) else { return Ok(()) };
+            Op::Write {
+                file,
+                at,
+                len,
+                byte,
+            } => {
+                let Some((path, id)) = self.pick_file(file) else {
+                    return Ok(());
+                };
                 let data = pattern(at, len, byte);
                 self.on_file(&path, |live| engine.write(live, at.into(), &data, false))?;
                 put(self.live.data_mut(id), at, &data);
                 Ok(())
             }
             Op::Truncate { file, size } => {
-                let Some((path, id)) = self.pick_file(file) else { return Ok(()) };
-                let set = SetAttr { size: Some(size.into()), ..SetAttr::default() };
-                self.with(&path, |node| engine.setattr(node, &set, None, false)).map_err(text)?;
+                let Some((path, id)) = self.pick_file(file) else {
+                    return Ok(());
+                };
+                let set = SetAttr {
+                    size: Some(size.into()),
+                    ..SetAttr::default()
+                };
+                self.with(&path, |node| engine.setattr(node, &set, None, false))
+                    .map_err(text)?;
                 self.live.data_mut(id).resize(size as usize, 0);
                 Ok(())
             }
             Op::Punch { file, at, len } => self.clear(file, at, len, true),
             Op::Zero { file, at, len } => self.clear(file, at, len, false),
-            Op::Shift { file, at, len, insert } => self.shift(file, at, len, insert),
-            Op::Copy { from, to, at, into, len } => self.copy(from, to, at, into, len),
+            Op::Shift {
+                file,
+                at,
+                len,
+                insert,
+            } => self.shift(file, at, len, insert),
+            Op::Copy {
+                from,
+                to,
+                at,
+                into,
+                len,
+            } => self.copy(from, to, at, into, len),
             Op::Chmod { path, mode } => {
                 // A symlink has no mode of its own to change.
                 let wanted = |id| !matches!(self.live.objects[&id].body, Body::Link(_));
-                let Some((path, id)) = self.pick_path(path, wanted) else { return Ok(()) };
+                let Some((path, id)) = self.pick_path(path, wanted) else {
+                    return Ok(());
+                };
                 let mode = u32::from(mode) & 0o7777;
-                let set = SetAttr { mode: Some(mode), ..SetAttr::default() };
-                self.with(&path, |node| engine.setattr(node, &set, None, false)).map_err(text)?;
+                let set = SetAttr {
+                    mode: Some(mode),
+                    ..SetAttr::default()
+                };
+                self.with(&path, |node| engine.setattr(node, &set, None, false))
+                    .map_err(text)?;
                 let object = self.live.objects.get_mut(&id).unwrap();
                 object.mode = object.mode & libc::S_IFMT | mode;
                 Ok(())
             }
             Op::Chown { path, id } => self.chown(path, id.into()),
             Op::Touch { path, sec, nsec } => {
-                let Some((path, _)) = self.pick_path(path, |_| true) else { return Ok(()) };
-                let time = SetTime::At(Timestamp { sec: sec.into(), nsec });
-                let set = SetAttr { mtime: Some(time), atime: Some(SetTime::Now), ..SetAttr::default() };
-                self.with(&path, |node| engine.setattr(node, &set, None, false)).map_err(text)?;
+                let Some((path, _)) = self.pick_path(path, |_| true) else {
+                    return Ok(());
+                };
+                let time = SetTime::At(Timestamp {
+                    sec: sec.into(),
+                    nsec,
+                });
+                let set = SetAttr {
+                    mtime: Some(time),
+                    atime: Some(SetTime::Now),
+                    ..SetAttr::default()
+                };
+                self.with(&path, |node| engine.setattr(node, &set, None, false))
+                    .map_err(text)?;
                 Ok(())
             }
             Op::SetXattr { path, name, len } => {
@@ -292,8 +433,14 @@ impl World {
                     return Ok(());
                 };
                 let (name, value) = (xattr_name(name), vec![name; len.into()]);
-                self.with(&path, |node| engine.setxattr(node, &name, &value, 0)).map_err(text)?;
-                self.live.objects.get_mut(&id).unwrap().xattrs.insert(name, value);
+                self.with(&path, |node| engine.setxattr(node, &name, &value, 0))
+                    .map_err(text)?;
+                self.live
+                    .objects
+                    .get_mut(&id)
+                    .unwrap()
+                    .xattrs
+                    .insert(name, value);
                 Ok(())
             }
             Op::RemoveXattr { path, name } => {
@@ -302,19 +449,38 @@ impl World {
                 };
                 let name = xattr_name(name);
                 let done = self.with(&path, |node| engine.removexattr(node, &name));
-                let had = self.live.objects.get_mut(&id).unwrap().xattrs.remove(&name).is_some();
+                let had = self
+                    .live
+                    .objects
+                    .get_mut(&id)
+                    .unwrap()
+                    .xattrs
+                    .remove(&name)
+                    .is_some();
                 expect(done, had.then_some(()).ok_or(libc::ENODATA))
             }
             Op::Remove { path } => self.remove(path),
-            Op::Rename { path, dir, name, exchange } => self.rename(path, dir, name, exchange),
+            Op::Rename {
+                path,
+                dir,
+                name,
+                exchange,
+            } => self.rename(path, dir, name, exchange),
             Op::Link { path, dir, name } => self.link(path, dir, name),
             Op::Hold { file } => {
-                let Some((path, id)) = self.pick_file(file) else { return Ok(()) };
+                let Some((path, id)) = self.pick_file(file) else {
+                    return Ok(());
+                };
                 let opened = self.with(&path, |node| engine.open_file(node, libc::O_RDWR));
                 self.held.push((opened.map_err(text)?, id));
                 Ok(())
             }
-            Op::WriteHeld { held, at, len, byte } => self.write_held(held, at, len, byte),
+            Op::WriteHeld {
+                held,
+                at,
+                len,
+                byte,
+            } => self.write_held(held, at, len, byte),
             Op::Release { held } => {
                 if !self.held.is_empty() {
                     self.held.swap_remove(held % self.held.len());
@@ -322,13 +488,20 @@ impl World {
                 Ok(())
             }
             Op::Snapshot => self.snapshot(None),
-            Op::SnapshotEarly { file, at, len, byte } => self.snapshot(Some((file, at, len, byte))),
+            Op::SnapshotEarly {
+                file,
+                at,
+                len,
+                byte,
+            } => self.snapshot(Some((file, at, len, byte))),
             Op::DeleteSnapshot { which } => {
                 if self.cuts.is_empty() {
                     return Ok(());
                 }
                 let cut = self.cuts.remove(which % self.cuts.len());
-                engine.delete_snapshot(&cut.name, Duration::ZERO).map_err(text)
+                engine
+                    .delete_snapshot(&cut.name, Duration::ZERO)
+                    .map_err(text)
             }
             Op::RenameSnapshot { which } => {
                 if self.cuts.is_empty() {
@@ -336,7 +509,9 @@ impl World {
                 }
                 let name = self.fresh_name();
                 let which = which % self.cuts.len();
-                engine.rename_snapshot(&self.cuts[which].name, &name).map_err(text)?;
+                engine
+                    .rename_snapshot(&self.cuts[which].name, &name)
+                    .map_err(text)?;
                 self.cuts[which].name = name;
                 Ok(())
             }
@@ -372,18 +547,26 @@ impl World {
         self.compare()?;
         // With all snapshots gone nothing may be left behind.
         for cut in std::mem::take(&mut self.cuts) {
-            self.engine().delete_snapshot(&cut.name, Duration::ZERO).map_err(text)?;
+            self.engine()
+                .delete_snapshot(&cut.name, Duration::ZERO)
+                .map_err(text)?;
         }
         self.held.clear();
         self.engine().upkeep().map_err(text)?;
         self.compare()?;
-        let retained = std::fs::read_dir(self.dir.path().join(".cowfs/retained")).unwrap().count();
+        let retained = std::fs::read_dir(self.dir.path().join(".cowfs/retained"))
+            .unwrap()
+            .count();
         if retained != 0 {
-            return Err(format!("{retained} retained files are left without a snapshot"));
+            return Err(format!(
+                "{retained} retained files are left without a snapshot"
+            ));
         }
         let left = self.engine().store().stats().live_payload_bytes;
         if left != 0 {
-            return Err(format!("{left} bytes of pre-images are left without a snapshot"));
+            return Err(format!(
+                "{left} bytes of pre-images are left without a snapshot"
+            ));
         }
         Ok(())
     }
@@ -392,9 +575,17 @@ impl World {
         let (path, dir) = self.pick_dir(dir);
         let (engine, name) = (self.engine(), entry_name(name));
         let done = self.with(&path, |parent| match make {
-            Some(make) => engine.make(parent, &name, make, Caller::ROOT).map(|attr| attr.node),
+            Some(make) => engine
+                .make(parent, &name, make, Caller::ROOT)
+                .map(|attr| attr.node),
             None => engine
-                .create(parent, &name, 0o644, libc::O_RDWR | libc::O_EXCL, Caller::ROOT)
+                .create(
+                    parent,
+                    &name,
+                    0o644,
+                    libc::O_RDWR | libc::O_EXCL,
+                    Caller::ROOT,
+                )
                 .map(|(attr, _)| attr.node),
         });
         let exists = self.live.entries(dir).contains_key(&name);
@@ -414,7 +605,11 @@ impl World {
             // A directory with the set-group-ID bit hands it and its group down (inode(7)).
             let parent = &self.live.objects[&dir];
             let (inherits, gid) = (parent.mode & libc::S_ISGID != 0, parent.gid);
-            let sgid = if inherits && matches!(body, Body::Dir(_)) { libc::S_ISGID } else { 0 };
+            let sgid = if inherits && matches!(body, Body::Dir(_)) {
+                libc::S_ISGID
+            } else {
+                0
+            };
             let id = self.live.add(dir, &name, body, mode | sgid);
             if inherits {
                 self.live.objects.get_mut(&id).unwrap().gid = gid;
@@ -424,11 +619,19 @@ impl World {
     }
 
     fn clear(&mut self, file: usize, at: u32, len: u32, punch: bool) -> Check {
-        let Some((path, id)) = self.pick_file(file) else { return Ok(()) };
+        let Some((path, id)) = self.pick_file(file) else {
+            return Ok(());
+        };
         let engine = self.engine();
         let mode = libc::FALLOC_FL_KEEP_SIZE
-            | if punch { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
-        self.on_file(&path, |live| engine.fallocate(live, mode, at.into(), len.into(), false))?;
+            | if punch {
+                libc::FALLOC_FL_PUNCH_HOLE
+            } else {
+                libc::FALLOC_FL_ZERO_RANGE
+            };
+        self.on_file(&path, |live| {
+            engine.fallocate(live, mode, at.into(), len.into(), false)
+        })?;
         let data = self.live.data_mut(id);
         let end = data.len().min((at + len) as usize);
         if (at as usize) < end {
@@ -438,12 +641,18 @@ impl World {
     }
 
     fn shift(&mut self, file: usize, at: u8, len: u8, insert: bool) -> Check {
-        let Some((path, id)) = self.pick_file(file) else { return Ok(()) };
+        let Some((path, id)) = self.pick_file(file) else {
+            return Ok(());
+        };
         let engine = self.engine();
         let (at, len) = (usize::from(at) * 4096, usize::from(len) * 4096);
         let data = self.live.data_mut(id);
         // fallocate(2): what is inserted or collapsed must lie before the end of the file.
-        let fits = if insert { at < data.len() } else { at + len < data.len() };
+        let fits = if insert {
+            at < data.len()
+        } else {
+            at + len < data.len()
+        };
         if !fits {
             return Ok(());
         }
@@ -452,18 +661,30 @@ impl World {
         } else {
             data.drain(at..at + len);
         }
-        let mode = if insert { libc::FALLOC_FL_INSERT_RANGE } else { libc::FALLOC_FL_COLLAPSE_RANGE };
-        self.on_file(&path, |live| engine.fallocate(live, mode, at as u64, len as u64, false))
+        let mode = if insert {
+            libc::FALLOC_FL_INSERT_RANGE
+        } else {
+            libc::FALLOC_FL_COLLAPSE_RANGE
+        };
+        self.on_file(&path, |live| {
+            engine.fallocate(live, mode, at as u64, len as u64, false)
+        })
     }
 
     fn copy(&mut self, from: usize, to: usize, at: u32, into: u32, len: u32) -> Check {
-        let Some((from_path, from)) = self.pick_file(from) else { return Ok(()) };
-        let Some((to_path, to)) = self.pick_file(to) else { return Ok(()) };
+        let Some((from_path, from)) = self.pick_file(from) else {
+            return Ok(());
+        };
+        let Some((to_path, to)) = self.pick_file(to) else {
+            return Ok(());
+        };
         if from == to {
             return Ok(());
         }
         let engine = self.engine();
-        let source = self.with(&from_path, |node| engine.open_file(node, libc::O_RDONLY)).map_err(text)?;
+        let source = self
+            .with(&from_path, |node| engine.open_file(node, libc::O_RDONLY))
+            .map_err(text)?;
         let n = self.on_file(&to_path, |live| {
             engine.copy_range(&source, at.into(), live, into.into(), len.into(), false)
         })?;
@@ -480,10 +701,17 @@ impl World {
     }
 
     fn chown(&mut self, path: usize, owner: u32) -> Check {
-        let Some((path, id)) = self.pick_path(path, |_| true) else { return Ok(()) };
+        let Some((path, id)) = self.pick_path(path, |_| true) else {
+            return Ok(());
+        };
         let engine = self.engine();
-        let set = SetAttr { uid: Some(owner), gid: Some(owner + 1), ..SetAttr::default() };
-        self.with(&path, |node| engine.setattr(node, &set, None, false)).map_err(text)?;
+        let set = SetAttr {
+            uid: Some(owner),
+            gid: Some(owner + 1),
+            ..SetAttr::default()
+        };
+        self.with(&path, |node| engine.setattr(node, &set, None, false))
+            .map_err(text)?;
         let is_dir = self.live.is_dir(id);
         let object = self.live.objects.get_mut(&id).unwrap();
         (object.uid, object.gid) = (owner, owner + 1);
@@ -503,7 +731,9 @@ impl World {
     }
 
     fn remove(&mut self, path: usize) -> Check {
-        let Some((mut path, id)) = self.pick_path(path, |id| id != 0) else { return Ok(()) };
+        let Some((mut path, id)) = self.pick_path(path, |id| id != 0) else {
+            return Ok(());
+        };
         let name = path.pop().unwrap();
         let is_dir = self.live.is_dir(id);
         let engine = self.engine();
@@ -519,7 +749,8 @@ impl World {
     }
 
     fn id_of(&self, path: &[Name]) -> Id {
-        path.iter().fold(0, |dir, name| self.live.entries(dir)[name])
+        path.iter()
+            .fold(0, |dir, name| self.live.entries(dir)[name])
     }
 
     fn drop_nameless(&mut self, id: Id) {
@@ -532,7 +763,9 @@ impl World {
     }
 
     fn rename(&mut self, path: usize, dir: usize, name: u8, exchange: bool) -> Check {
-        let Some((mut path, id)) = self.pick_path(path, |id| id != 0) else { return Ok(()) };
+        let Some((mut path, id)) = self.pick_path(path, |id| id != 0) else {
+            return Ok(());
+        };
         let (to_path, to_dir) = self.pick_dir(dir);
         let (from_name, to_name) = (path.pop().unwrap(), entry_name(name));
         let from_dir = self.id_of(&path);
@@ -544,18 +777,26 @@ impl World {
             return Ok(());
         }
         let engine = self.engine();
-        let flags = if exchange { RenameFlags::EXCHANGE } else { RenameFlags::empty() };
+        let flags = if exchange {
+            RenameFlags::EXCHANGE
+        } else {
+            RenameFlags::empty()
+        };
         let done = self.with(&path, |from| {
-            self.with(&to_path, |to| engine.rename((from, &from_name), (to, &to_name), flags))
+            self.with(&to_path, |to| {
+                engine.rename((from, &from_name), (to, &to_name), flags)
+            })
         });
         let expected = match target {
             None if exchange => Err(libc::ENOENT),
-            Some(target) if target != id && !exchange => match (self.live.is_dir(id), self.live.is_dir(target)) {
-                (true, false) => Err(libc::ENOTDIR),
-                (false, true) => Err(libc::EISDIR),
-                (true, true) if !self.live.entries(target).is_empty() => Err(libc::ENOTEMPTY),
-                _ => Ok(()),
-            },
+            Some(target) if target != id && !exchange => {
+                match (self.live.is_dir(id), self.live.is_dir(target)) {
+                    (true, false) => Err(libc::ENOTDIR),
+                    (false, true) => Err(libc::EISDIR),
+                    (true, true) if !self.live.entries(target).is_empty() => Err(libc::ENOTEMPTY),
+                    _ => Ok(()),
+                }
+            }
             _ => Ok(()),
         };
         expect(done, expected)?;
@@ -575,10 +816,14 @@ impl World {
     }
 
     fn link(&mut self, path: usize, dir: usize, name: u8) -> Check {
-        let Some((path, id)) = self.pick_path(path, |id| !self.live.is_dir(id)) else { return Ok(()) };
+        let Some((path, id)) = self.pick_path(path, |id| !self.live.is_dir(id)) else {
+            return Ok(());
+        };
         let (to_path, to_dir) = self.pick_dir(dir);
         let (engine, name) = (self.engine(), entry_name(name));
-        let done = self.with(&path, |node| self.with(&to_path, |to| engine.link(node, to, &name)));
+        let done = self.with(&path, |node| {
+            self.with(&to_path, |to| engine.link(node, to, &name))
+        });
         if let Ok(attr) = &done
             && self.forgets
         {
@@ -597,8 +842,12 @@ impl World {
             return Ok(());
         }
         let (file, id) = &self.held[held % self.held.len()];
-        let (OpenFile::Live(live), data) = (file, pattern(at, len, byte)) else { unreachable!() };
-        self.engine().write(live, at.into(), &data, false).map_err(text)?;
+        let (OpenFile::Live(live), data) = (file, pattern(at, len, byte)) else {
+            unreachable!()
+        };
+        self.engine()
+            .write(live, at.into(), &data, false)
+            .map_err(text)?;
         match self.nameless.get_mut(id) {
             Some(content) => put(content, at, &data),
             None => put(self.live.data_mut(*id), at, &data),
@@ -618,13 +867,18 @@ impl World {
         let live = walk(&engine, ROOT_NODE, self.forgets)?;
         let tree = self.live.clone();
         let early = early.and_then(|(file, at, len, byte)| {
-            self.pick_file(file).map(|(path, id)| (path, id, at, pattern(at, len, byte)))
+            self.pick_file(file)
+                .map(|(path, id)| (path, id, at, pattern(at, len, byte)))
         });
         match early {
             None => engine.snapshot(&name).map(drop).map_err(text)?,
             Some((path, id, at, data)) => {
-                let file = self.with(&path, |node| engine.open_file(node, libc::O_RDWR)).map_err(text)?;
-                let OpenFile::Live(file) = &file else { unreachable!() };
+                let file = self
+                    .with(&path, |node| engine.open_file(node, libc::O_RDWR))
+                    .map_err(text)?;
+                let OpenFile::Live(file) = &file else {
+                    unreachable!()
+                };
                 let written = std::cell::RefCell::new(Ok(0));
                 engine
                     .snapshot_crossing(&name, &[&file.object], || {
@@ -636,7 +890,12 @@ impl World {
             }
         }
         let own = self.view_of(&name)?;
-        let cut = Cut { name, live, own, tree };
+        let cut = Cut {
+            name,
+            live,
+            own,
+            tree,
+        };
         self.compare_cut(&cut)?;
         self.cuts.push(cut);
         Ok(())
@@ -658,7 +917,8 @@ impl World {
 
     fn compare(&self) -> Check {
         let live = walk(&self.engine(), ROOT_NODE, self.forgets)?;
-        self.compare_tree(&live, &self.live).map_err(|why| format!("live tree: {why}"))?;
+        self.compare_tree(&live, &self.live)
+            .map_err(|why| format!("live tree: {why}"))?;
         for (file, id) in &self.held {
             let content = match self.nameless.get(id) {
                 Some(content) => content,
@@ -678,10 +938,14 @@ impl World {
 
     fn compare_cut(&self, cut: &Cut) -> Check {
         let name = String::from_utf8_lossy(&cut.name);
-        let now = self.view_of(&cut.name).map_err(|why| format!("{name}: {why}"))?;
-        self.compare_tree(&now, &cut.tree).map_err(|why| format!("{name}: {why}"))?;
+        let now = self
+            .view_of(&cut.name)
+            .map_err(|why| format!("{name}: {why}"))?;
+        self.compare_tree(&now, &cut.tree)
+            .map_err(|why| format!("{name}: {why}"))?;
         difference(&now, &cut.own, true).map_or(Ok(()), |d| Err(format!("{name} changed: {d}")))?;
-        difference(&now, &cut.live, false).map_or(Ok(()), |d| Err(format!("{name}, as it was live: {d}")))
+        difference(&now, &cut.live, false)
+            .map_or(Ok(()), |d| Err(format!("{name}, as it was live: {d}")))
     }
 
     fn compare_tree(&self, view: &View, tree: &Tree) -> Check {
@@ -699,8 +963,10 @@ impl World {
             let shown = String::from_utf8_lossy(path);
             let attr = &seen.attr;
             if (attr.mode, attr.uid, attr.gid) != (object.mode, object.uid, object.gid) {
-                return Err(format!("{shown}: {:o} {} {}, not {:o} {} {}", attr.mode, attr.uid, attr.gid,
-                    object.mode, object.uid, object.gid));
+                return Err(format!(
+                    "{shown}: {:o} {} {}, not {:o} {} {}",
+                    attr.mode, attr.uid, attr.gid, object.mode, object.uid, object.gid
+                ));
             }
             if seen.xattrs != object.xattrs {
                 return Err(format!("{shown}: extended attributes differ"));
@@ -743,9 +1009,14 @@ fn difference(now: &View, then: &View, nodes: bool) -> Option<String> {
             return Some(format!("{shown}: data"));
         }
         if seen.map != before.map {
-            return Some(format!("{shown}: data at {:?}, was {:?}", seen.map, before.map));
+            return Some(format!(
+                "{shown}: data at {:?}, was {:?}",
+                seen.map, before.map
+            ));
         }
-        if (&seen.xattrs, &seen.target, &seen.first) != (&before.xattrs, &before.target, &before.first) {
+        if (&seen.xattrs, &seen.target, &seen.first)
+            != (&before.xattrs, &before.target, &before.first)
+        {
             return Some(format!("{shown}: xattrs, target or links"));
         }
         if nodes && seen.node != before.node {
@@ -757,11 +1028,17 @@ fn difference(now: &View, then: &View, nodes: bool) -> Option<String> {
 
 fn expect(done: Result<(), Error>, expected: Result<(), i32>) -> Check {
     let done = done.map_err(|error| error.errno().raw_os_error());
-    if done == expected { Ok(()) } else { Err(format!("answered {done:?}, not {expected:?}")) }
+    if done == expected {
+        Ok(())
+    } else {
+        Err(format!("answered {done:?}, not {expected:?}"))
+    }
 }
 
 fn pattern(at: u32, len: u32, byte: u8) -> Vec<u8> {
-    (0..len).map(|i| byte.wrapping_add(((at + i) / 512) as u8)).collect()
+    (0..len)
+        .map(|i| byte.wrapping_add(((at + i) / 512) as u8))
+        .collect()
 }
 
 fn put(content: &mut Vec<u8>, at: u32, data: &[u8]) {
@@ -787,5 +1064,11 @@ fn xattr_name(name: u8) -> Vec<u8> {
 }
 
 fn full(path: &[Name]) -> Vec<u8> {
-    if path.is_empty() { b"/".to_vec() } else { path.iter().flat_map(|name| [b"/", &name[..]].concat()).collect() }
+    if path.is_empty() {
+        b"/".to_vec()
+    } else {
+        path.iter()
+            .flat_map(|name| [b"/", &name[..]].concat())
+            .collect()
+    }
 }

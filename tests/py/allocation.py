@@ -79,7 +79,7 @@ NAMED = {0: "allocate", KEEP_SIZE: "keep size", PUNCH | KEEP_SIZE: "punch", ZERO
          PUNCH: "punch without keep size", PUNCH | ZERO: "punch and zero"}
 for mode, name in NAMED.items():
     for a, n in ((0, 4 * K), (1, 1), (4096, 8192), (5000, 100_000), (299 * K, 10 * K), (400 * K, 50 * K), (0, 300 * K), (1 << 20, 1 << 20)):
-        both("fallocate %s %d+%d" % (name, a, n), falloc(mode, a, n), allowed=("EOPNOTSUPP",) if mode & (COLLAPSE | INSERT) else ())
+        both("fallocate %s %d+%d" % (name, a, n), falloc(mode, a, n), allowed=("EOPNOTSUPP", "ENOTSUP") if mode & (COLLAPSE | INSERT) else ())
 both("fallocate of nothing", falloc(0, 0, 0))
 both("fallocate on a read-only descriptor", lambda p: fallocate(os.open(p, os.O_RDONLY), 0, 0, 4096))
 
@@ -204,7 +204,8 @@ c.ok(content(c.work + "/restored") == BASE, "a file copied back from a snapshot"
 command("cp", "-a", c.at(s, "source"), c.work + "/restored-by-cp")
 c.ok(content(c.work + "/restored-by-cp") == BASE, "a file copied back by cp -a")
 
-# O_APPEND from several processes: every record whole and once, in every snapshot a prefix
+# O_APPEND from several processes: every record once; in every snapshot a prefix. A record may end at a page boundary there:
+# the kernel sends an append that leaves a half-filled page as two requests.
 log = c.work + "/log"
 open(log, "w").close()
 kids = []
@@ -221,7 +222,7 @@ seen = []
 for _ in range(12):
     s = c.snap()
     b = content(c.at(s, "log"))
-    c.ok(b == b"" or b.endswith(b"\n"), "appends are whole in a snapshot")
+    c.ok(b == b"" or b.endswith(b"\n") or len(b) % 4096 == 0, "appends are whole in a snapshot", (len(b), len(b) % 4096, b[-60:]))
     seen.append((s, b))
     time.sleep(0.03)
 for pid in kids:

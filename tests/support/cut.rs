@@ -23,6 +23,9 @@ use super::model::Random;
 
 /// The most bytes that one request of the kernel carries: a longer `write` is several operations.
 const REQUEST: usize = 1 << 20;
+/// A `write` that begins inside a page which the kernel has not read is two requests, if it goes beyond that
+/// page: one up to its end, and the rest. So there, and only there, a `write` may be cut in two.
+const PAGE: usize = 4096;
 
 /// The bytes that a record of step `stamp` holds.
 fn pattern(stamp: u64, len: usize) -> Vec<u8> {
@@ -161,6 +164,7 @@ impl Plan for Slots {
 
     fn check(&self, dir: &Path, low: u64, high: u64) -> Result<u64, String> {
         let mut shown = vec![0; usize::try_from(self.slots).unwrap()];
+        let mut half = None;
         for file in 0..self.files {
             let path = dir.join(format!("slots.{file}"));
             let bytes = read(&path)?;
@@ -168,10 +172,18 @@ impl Plan for Slots {
                 return Err(format!("{}: {} bytes", path.display(), bytes.len()));
             }
             for (index, record) in bytes.chunks(self.record).enumerate() {
-                let stamp = stamp_of(record)
-                    .map_err(|why| format!("{} record {index}: {why}", path.display()))?;
-                shown[index * usize::try_from(self.files).unwrap()
-                    + usize::try_from(file).unwrap()] = stamp;
+                let slot =
+                    index * usize::try_from(self.files).unwrap() + usize::try_from(file).unwrap();
+                shown[slot] = match stamp_of(record) {
+                    Ok(stamp) => stamp,
+                    Err(why) => {
+                        let (newer, older) = split_at_page(record, index * self.record)
+                            .filter(|_| half.is_none())
+                            .ok_or_else(|| format!("{} record {index}: {why}", path.display()))?;
+                        half = Some(newer);
+                        older
+                    }
+                };
             }
         }
         let step = shown.iter().copied().max().unwrap_or(0);
@@ -188,8 +200,34 @@ impl Plan for Slots {
                 ));
             }
         }
-        in_window(step, low, high)
+        match half {
+            Some(newer) if newer != step + 1 => Err(format!(
+                "half of step {newer} is there, and the last whole one is {step}"
+            )),
+            Some(newer) => {
+                SPLIT.fetch_add(1, Ordering::Relaxed);
+                in_window(newer, low, high)?;
+                in_window(step, low, high)
+            }
+            None => in_window(step, low, high),
+        }
     }
+}
+
+/// Writes seen in half at a page boundary, where they are two requests.
+static SPLIT: AtomicUsize = AtomicUsize::new(0);
+
+/// The stamps before and after the first page boundary in a record that starts at `offset` of its file.
+fn split_at_page(record: &[u8], offset: usize) -> Option<(u64, u64)> {
+    let head = PAGE - offset % PAGE;
+    let (new, old) = record.split_at_checked(head)?;
+    let newer = stamp_of(new).ok()?;
+    // the old half is a part of a pattern that began at the start of the record
+    let mut whole = old[(8 - head % 8) % 8..].to_vec();
+    whole.truncate(whole.len() / 8 * 8);
+    let older = stamp_of(&whole).ok()?;
+    (pattern(older, record.len())[head..] == *old && pattern(newer, head) == *new)
+        .then_some((newer, older))
 }
 
 /// Overwrites one file with a single `write` that is longer than a request.
@@ -317,38 +355,59 @@ impl Plan for Appends {
         // The sizes alone say which step it is; they are cheap to follow from the start.
         let mut sizes = vec![0_usize; shown.len()];
         let mut candidates = Vec::new();
+        let fits = |sizes: &[usize]| {
+            sizes
+                .iter()
+                .zip(&shown)
+                .all(|(size, bytes)| *size == bytes.len())
+        };
         for step in 0..=high {
             if step > 0 {
-                let size = &mut sizes[usize::try_from(step).unwrap() % shown.len()];
-                *size = match Self::action(step, *size) {
-                    Append::Record(len) => *size + len,
-                    Append::Truncate(to) => to,
-                };
+                let file = usize::try_from(step).unwrap() % shown.len();
+                let before = sizes[file];
+                let page_end = before.next_multiple_of(PAGE);
+                match Self::action(step, before) {
+                    Append::Record(len) => {
+                        // The first of the two requests of an append that leaves a half-filled page.
+                        sizes[file] = page_end;
+                        if page_end > before
+                            && page_end < before + len
+                            && step > low
+                            && fits(&sizes)
+                        {
+                            candidates.push((step - 1, true));
+                        }
+                        sizes[file] = before + len;
+                    }
+                    Append::Truncate(to) => sizes[file] = to,
+                }
             }
-            if step >= low
-                && sizes
-                    .iter()
-                    .zip(&shown)
-                    .all(|(size, bytes)| *size == bytes.len())
-            {
-                candidates.push(step);
+            if step >= low && fits(&sizes) {
+                candidates.push((step, false));
             }
         }
         let mut why = format!(
             "sizes {:?} belong to no step in {low}..={high} (after the last the sizes are {sizes:?})",
             shown.iter().map(Vec::len).collect::<Vec<_>>()
         );
-        for step in candidates {
-            let wrong = (0..shown.len())
-                .find(|file| Self::content(step, *file, shown.len()) != shown[*file]);
-            match wrong {
-                None => return Ok(step),
-                Some(file) => {
-                    why = format!(
-                        "size without data: log.{file} has the size of step {step} and other bytes"
-                    )
+        for (step, half) in candidates {
+            let wrong = (0..shown.len()).find(|file| {
+                let mut content = Self::content(step, *file, shown.len());
+                if half && usize::try_from(step + 1).unwrap() % shown.len() == *file {
+                    content.extend(pattern(
+                        step + 1,
+                        content.len().next_multiple_of(PAGE) - content.len(),
+                    ));
                 }
-            }
+                content != shown[*file]
+            });
+            let Some(file) = wrong else {
+                SPLIT.fetch_add(usize::from(half), Ordering::Relaxed);
+                return Ok(step);
+            };
+            why = format!(
+                "size without data: log.{file} has the size of step {step} and other bytes"
+            );
         }
         Err(why)
     }
@@ -1224,6 +1283,10 @@ pub(crate) fn exact_cut(root: &Path, method: &Method, time: Duration, seed: u64)
         .iter()
         .map(|w| w.progress.done.load(Ordering::SeqCst))
         .sum();
+    println!(
+        "{} writes were seen in half at a page boundary, where the kernel sends two requests",
+        SPLIT.load(Ordering::Relaxed)
+    );
     println!(
         "steps: {}",
         run.cast

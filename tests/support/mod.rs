@@ -39,7 +39,8 @@ pub(crate) fn env_number(name: &str, default: u64) -> u64 {
 
 /// The seed of a randomised test: `COWFS_SEED`, or a new one. Always printed.
 pub(crate) fn seed(test: &str) -> u64 {
-    let seed = env_number("COWFS_SEED", rand::random::<u32>().into());
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap();
+    let seed = env_number("COWFS_SEED", now.as_micros() as u64 % 1_000_000_007);
     println!("{test}: COWFS_SEED={seed} repeats this run");
     seed
 }
@@ -289,7 +290,6 @@ pub(crate) struct Mount {
     pub(crate) backing: PathBuf,
     pub(crate) mnt: PathBuf,
     bin: PathBuf,
-    options: Vec<OsString>,
     watchdog: Watchdog,
 }
 
@@ -339,8 +339,6 @@ impl Mount {
             backing,
             mnt,
             bin,
-            options: Vec::new(),
-            looped,
             watchdog,
         };
         mount.mount();
@@ -355,7 +353,6 @@ impl Mount {
                 .arg("mount")
                 .arg("--log")
                 .arg(self.root.join("cowfs.log"))
-                .args(&self.options)
                 .arg(&self.backing)
                 .arg(&self.mnt),
             Duration::from_secs(60),
