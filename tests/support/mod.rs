@@ -213,6 +213,12 @@ pub(crate) fn daemons(bin: &Path, mnt: &Path) -> Vec<Pid> {
     pids
 }
 
+/// Whether it is the daemon's helper, which works for it and serves nothing.
+fn is_helper(pid: Pid) -> bool {
+    fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero()))
+        .is_ok_and(|line| line.split(|b| *b == 0).any(|word| word == b"flush-helper"))
+}
+
 /// Kills the daemons of `mnt` with signal 9 and waits until they are gone. Returns how many there were.
 pub(crate) fn kill_daemons(bin: &Path, mnt: &Path) -> usize {
     let pids = daemons(bin, mnt);
@@ -392,15 +398,23 @@ impl Mount {
         self.mount();
     }
 
-    /// `kill -9` of the daemon; the mount is dead afterwards.
+    /// `kill -9` of the daemon; the mount is dead afterwards. Its helper process must end by itself.
     #[track_caller]
     pub(crate) fn kill9(&self) {
-        assert_eq!(
-            kill_daemons(&self.bin, &self.mnt),
-            1,
-            "one daemon serves {}",
-            self.mnt.display()
-        );
+        let serving: Vec<Pid> = daemons(&self.bin, &self.mnt)
+            .into_iter()
+            .filter(|pid| !is_helper(*pid))
+            .collect();
+        assert_eq!(serving.len(), 1, "one daemon serves {}", self.mnt.display());
+        let _ = kill_process(serving[0], Signal::KILL);
+        let start = Instant::now();
+        while !daemons(&self.bin, &self.mnt).is_empty() {
+            assert!(
+                start.elapsed() < Duration::from_secs(10),
+                "a process of the mount outlives its daemon"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// What a user does after the daemon died: `umount -l`, mount again.

@@ -464,6 +464,28 @@ impl State {
         }
     }
 
+    /// The first of the two requests that the kernel makes of a write which begins inside a page that it has
+    /// not read and goes beyond it. (`None` for everything else, which is one request.)
+    pub(crate) fn first_request(&self, op: &Op) -> Option<Op> {
+        let (path, at, len, stamp) = match op {
+            Op::Write {
+                path,
+                at,
+                len,
+                fill,
+            } => (path, *at, *len, *fill),
+            Op::Append { path, len, fill } => (path, self.size(path) as u64, *len, *fill),
+            _ => return None,
+        };
+        let head = usize::try_from(at.next_multiple_of(4096) - at).unwrap();
+        (0 < head && head < len).then(|| Op::Write {
+            path: path.clone(),
+            at,
+            len: head,
+            fill: stamp,
+        })
+    }
+
     fn size(&self, path: &str) -> usize {
         match &self.live.objects[&self.live.names[path]].kind {
             Kind::File(content) => content.len(),
