@@ -1,0 +1,80 @@
+//! The exact cut (C1) on a real mount, and the proof that the checker would notice a wrong one.
+//!
+//! `COWFS_CUT_SECONDS` (20), `COWFS_SEED`.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::time::Duration;
+use support::cut::{Method, Report, exact_cut};
+use support::{Mount, env_number, scratch, seed};
+
+fn show(what: &str, report: &Report) {
+    println!("{what}: {}", report.summary());
+    for violation in report.violations.iter().take(5) {
+        println!("  {violation}");
+    }
+}
+
+#[test]
+fn every_snapshot_is_an_exact_cut() {
+    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20));
+    let mount = Mount::new("cut", time + Duration::from_secs(120));
+    let method = Method::Snapshot {
+        mnt: mount.mnt.clone(),
+    };
+    let report = exact_cut(&mount.mnt.join("work"), &method, time, seed("mounted_cut"));
+    show("snapshots", &report);
+    assert!(
+        report.violations.is_empty(),
+        "{}",
+        report.violations.join("\n")
+    );
+    assert!(
+        report.checked >= 5,
+        "only {} snapshots were read completely",
+        report.checked
+    );
+}
+
+/// A control: the checker must refuse what a plain copy under load gives.
+#[test]
+fn the_checker_refuses_a_plain_copy() {
+    let dir = scratch("cut-copy");
+    let method = Method::Copy { to: dir.clone() };
+    let report = exact_cut(
+        &dir.join("work"),
+        &method,
+        Duration::from_secs(10),
+        seed("plain copy"),
+    );
+    show("plain copy", &report);
+    assert!(
+        report.violations.iter().any(|v| v.contains("VIOLATION")),
+        "{} plain copies under load passed for exact",
+        report.checked
+    );
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// The other control: it must accept copies made while the writers are held.
+#[test]
+fn the_checker_accepts_a_frozen_copy() {
+    let dir = scratch("cut-freeze");
+    let method = Method::Freeze { to: dir.clone() };
+    let report = exact_cut(
+        &dir.join("work"),
+        &method,
+        Duration::from_secs(4),
+        seed("frozen copy"),
+    );
+    show("frozen copy", &report);
+    assert!(
+        report.violations.is_empty(),
+        "{}",
+        report.violations.join("\n")
+    );
+    assert!(report.checked >= 2, "only {} copies", report.checked);
+    std::fs::remove_dir_all(dir).unwrap();
+}

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Shared mappings: a store made before the snapshot was asked for is in it, one made after is not."""
+from common import *
+import mmap
+
+c = Case(limit=90)
+PAGE = 4096
+FILES, PAGES = 20, 64
+
+
+def mapped(name, pages):
+    fd = os.open(os.path.join(c.work, name), os.O_RDWR | os.O_CREAT, 0o644)
+    os.ftruncate(fd, pages * PAGE)
+    m = mmap.mmap(fd, pages * PAGE)
+    return fd, m
+
+
+def page(m, k, value):
+    m[k * PAGE:k * PAGE + 8] = struct.pack("<Q", value)
+
+
+def values(path, pages):
+    with open(path, "rb") as f:
+        b = f.read()
+    return [struct.unpack_from("<Q", b, k * PAGE)[0] for k in range(pages)] if len(b) == pages * PAGE else ("size", len(b))
+
+
+maps = [mapped("m%d" % k, PAGES) for k in range(FILES)]
+taken = []
+for generation in range(1, 7):
+    for fd, m in maps:
+        for k in range(PAGES):
+            page(m, k, generation)
+    if generation == 3:
+        for fd, _ in maps:
+            os.close(fd)  # a mapping outlives its descriptor
+    s = c.snap()
+    taken.append((s, generation))
+    for k in range(FILES):
+        c.equal([generation] * PAGES, values(c.at(s, "m%d" % k), PAGES), "stores before snapshot %s are in it (file %d)" % (s, k))
+    # stores after it: in the live tree, not in the snapshot
+    for fd, m in maps:
+        for k in range(PAGES):
+            page(m, k, 1000 + generation)
+    for k, (fd, m) in enumerate(maps):
+        m.flush()
+        c.equal([1000 + generation] * PAGES, values(os.path.join(c.work, "m%d" % k), PAGES), "live file shows the store")
+for s, generation in taken:
+    for k in range(FILES):
+        c.equal([generation] * PAGES, values(c.at(s, "m%d" % k), PAGES), "snapshot %s is unchanged later (file %d)" % (s, k))
+
+# One file much larger, a store here and there, while a process goes on storing a counter into a page.
+fd, big = mapped("big", 8192)
+stop = os.path.join(c.work, "stop")
+ready_r, ready_w = os.pipe()
+counter_fd, counter = mapped("counter", 1)
+pid = os.fork()
+if pid == 0:
+    n = 0
+    while not os.path.exists(stop):
+        for _ in range(1000):
+            n += 1
+            counter[0:8] = struct.pack("<Q", n)
+        if n == 1000:
+            os.write(ready_w, b"x")
+    os._exit(0)
+os.read(ready_r, 1)
+for generation in range(1, 6):
+    at = sorted(c.random.sample(range(8192), 500))
+    for k in at:
+        page(big, k, generation)
+    low = struct.unpack("<Q", counter[0:8])[0]
+    s = c.snap()
+    high = struct.unpack("<Q", counter[0:8])[0]
+    got = values(c.at(s, "big"), 8192)
+    c.ok(all(got[k] == generation for k in at), "500 stores over 32 MiB are in snapshot %s" % s, [k for k in at if got[k] != generation][:5])
+    n = values(c.at(s, "counter"), 1)[0]
+    c.ok(low <= n <= high, "a counter stored all the time", "%d <= %d <= %d" % (low, n, high))
+    time.sleep(0.1)
+    c.equal(n, values(c.at(s, "counter"), 1)[0], "the counter in the snapshot stands still")
+open(stop, "w").close()
+os.waitpid(pid, 0)
+
+# A mapping of a file that has lost its name, and of one that was renamed.
+fd, m = mapped("gone", 4)
+page(m, 1, 7)
+s1 = c.snap()
+os.unlink(os.path.join(c.work, "gone"))
+page(m, 1, 8)
+m.flush()
+s2 = c.snap()
+c.equal([0, 7, 0, 0], values(c.at(s1, "gone"), 4), "a mapped file in the snapshot before its removal")
+c.ok(not os.path.lexists(c.at(s2, "gone")), "and not in the one after")
+fd, m = mapped("old-name", 4)
+page(m, 2, 5)
+os.rename(os.path.join(c.work, "old-name"), os.path.join(c.work, "new-name"))
+s3 = c.snap()
+page(m, 2, 6)
+m.flush()
+c.equal([0, 0, 5, 0], values(c.at(s3, "new-name"), 4), "a mapped file under its new name")
+
+# Private mappings change nothing; a program can be run from the mount and from a snapshot.
+shutil.copy("/bin/true", os.path.join(c.work, "program"))
+s4 = c.snap()
+os.truncate(os.path.join(c.work, "program"), 10)
+c.ok(subprocess.run([c.at(s4, "program")]).returncode == 0, "a program runs from a snapshot")
+c.done()
