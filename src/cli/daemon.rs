@@ -6,15 +6,19 @@
 use super::Failure;
 use crate::config::MountConfig;
 use crate::error::{Error, Result};
+use crate::sync::{AtomicBool, Ordering};
 use rustix::process::Signal;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ChildStderr, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 const READY: &str = "ready";
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// What the daemon is to do.
 pub(super) struct Launch<'a> {
@@ -64,10 +68,13 @@ fn start(launch: &Launch<'_>) -> Result<(String, Option<ExitStatus>)> {
         .arg(&launch.config.source)
         .arg(&launch.config.mountpoint)
         .stdin(Stdio::null())
-        .stdout(Stdio::piped());
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command
         .spawn()
         .map_err(|error| Error::io("cannot start the daemon", &program, &error))?;
+    // Handed on, not handed down: a process that the daemon starts must not keep the user's stderr open.
+    let warnings = child.stderr.take().map(hand_on);
     let mut said = String::new();
     if let Some(mut pipe) = child.stdout.take() {
         pipe.read_to_string(&mut said)
@@ -79,7 +86,24 @@ fn start(launch: &Launch<'_>) -> Result<(String, Option<ExitStatus>)> {
     let status = child
         .wait()
         .map_err(|error| Error::io("cannot wait for", "the daemon", &error))?;
+    // What it said last is on its way; a process that it left behind may keep the pipe open for longer.
+    let deadline = Instant::now() + LAST_WORDS;
+    while warnings
+        .as_ref()
+        .is_some_and(|thread| !thread.is_finished())
+        && Instant::now() < deadline
+    {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     Ok((said, Some(status)))
+}
+
+/// Copies what the daemon writes to stderr before it is ready.
+fn hand_on(mut pipe: ChildStderr) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        // If the user's stderr is closed, there is nobody to tell.
+        let _ = std::io::copy(&mut pipe, &mut std::io::stderr());
+    })
 }
 
 fn own_program() -> PathBuf {
@@ -99,12 +123,21 @@ fn describe(status: ExitStatus) -> String {
 }
 
 /// In the daemon: runs `serve`, handing it what to call when the mount is usable, and reports to the parent.
-pub(super) fn report(serve: impl FnOnce(fn() -> Result<()>) -> Result<()>) -> Result<()> {
-    let result = detach().and_then(|()| serve(tell_ready));
+pub(super) fn report(
+    serve: impl FnOnce(&(dyn Fn() -> Result<()> + Sync)) -> Result<()>,
+) -> Result<()> {
+    let told = AtomicBool::new(false);
+    let ready = || {
+        told.store(true, Ordering::Relaxed);
+        tell_ready()
+    };
+    let result = detach().and_then(|()| serve(&ready));
     if let Err(error) = &result {
-        // After `ready` this goes to /dev/null, and the message to the log below.
-        tell(&format!("{}\n{error}", error.exit_code()));
-        log::error!("{error}");
+        if told.load(Ordering::Relaxed) {
+            log::error!("{error}");
+        } else {
+            tell(&format!("{}\n{error}", error.exit_code()));
+        }
         std::process::exit(error.exit_code().into());
     }
     result
@@ -131,7 +164,7 @@ fn tell_ready() -> Result<()> {
     Ok(())
 }
 
-/// Lets go of the parent's stderr, so that a shell or a service manager does not wait for the daemon.
+/// Ends writing to the parent, who is about to leave.
 pub(super) fn leave_stderr(log: Option<&File>) -> Result<()> {
     match log {
         Some(log) => rustix::stdio::dup2_stderr(log)?,

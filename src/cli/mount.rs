@@ -174,8 +174,13 @@ fn open_log(path: &Path) -> Result<File> {
 }
 
 fn start_logging(verbose: u8, log: Option<&File>) -> Result<()> {
-    let level = ["warn", "info", "debug", "trace"][usize::from(verbose.min(3))];
-    let env = env_logger::Env::new().filter_or("COWFS_LOG", level);
+    let filter = match verbose {
+        0 => "warn",
+        1 => "warn,cowfs=info",
+        2 => "warn,cowfs=debug",
+        _ => "warn,cowfs=trace,fuser=debug",
+    };
+    let env = env_logger::Env::new().filter_or("COWFS_LOG", filter);
     let mut builder = env_logger::Builder::from_env(env);
     if let Some(log) = log {
         let log = log
@@ -351,7 +356,7 @@ fn check_fuse() -> Result<()> {
         Ok(_) => {}
         Err(Errno::ACCESS | Errno::PERM) => {
             return Err(Error::Permission(
-                "/dev/fuse: not permitted to open it; be root, or ask for access \
+                "/dev/fuse: not permitted to open it; be root \
                  (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
                     .into(),
             ));
@@ -367,20 +372,12 @@ fn check_fuse() -> Result<()> {
     }
     let privileged = rustix::thread::capabilities(None)
         .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
-    if !privileged && !on_path("fusermount3") {
+    if !privileged {
         return Err(Error::Permission(
-            "not permitted to mount; be root (in a container: --cap-add SYS_ADMIN), \
-             or install fusermount3 (package fuse3)"
-                .into(),
+            "not permitted to mount; be root (in a container: --cap-add SYS_ADMIN)".into(),
         ));
     }
     Ok(())
-}
-
-fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
-    })
 }
 
 #[cfg(test)]

@@ -13,14 +13,15 @@ use crate::sys;
 use hashlink::LruCache;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom,
-    Statx, StatxFlags, XattrFlags,
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
+    SeekFrom, Statx, StatxFlags, XattrFlags,
 };
 use rustix::io::Errno;
 use rustix::io::{ReadWriteFlags, preadv2};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::ffi::CStr;
 use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 
 /// Name of the hidden directory in the root of the backing directory.
@@ -110,6 +111,13 @@ impl Backing {
             Error::Permission(format!(
                 "{}: cannot take a private view of the directory (open_tree: {e}); run cowfs as root",
                 path.display()
+            ))
+        })?;
+        // What a snapshot shows never changes, and access times are part of it (C2): reading on behalf of
+        // cowfs or its users leaves them alone.
+        sys::mount_without_atime(tree.as_fd()).map_err(|e| {
+            Error::Permission(format!(
+                "mount_setattr: {e}; cowfs needs Linux 5.12 or later"
             ))
         })?;
         let root = rustix::fs::openat(&tree, c".", dir | OFlags::RDONLY, Mode::empty())
@@ -208,16 +216,18 @@ impl Backing {
     /// Opens an object by its handle. Never follows a symlink, never opens a device.
     pub fn open_object(&self, entry: &EntryImage, flags: OFlags) -> Result<OwnedFd> {
         let handle = &entry.handle;
-        let open =
-            |flags| sys::open_by_handle(self.root.as_fd(), handle.kind, &handle.bytes, flags);
-        let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        if flags.contains(OFlags::PATH) {
-            return Ok(open(flags - OFlags::NONBLOCK)?);
-        }
-        match open(flags | OFlags::NOATIME) {
-            Err(Errno::PERM) => Ok(open(flags)?),
-            other => Ok(other?),
-        }
+        let nonblock = if flags.contains(OFlags::PATH) {
+            OFlags::empty()
+        } else {
+            OFlags::NONBLOCK
+        };
+        let flags = flags | OFlags::NOFOLLOW | nonblock;
+        Ok(sys::open_by_handle(
+            self.root.as_fd(),
+            handle.kind,
+            &handle.bytes,
+            flags,
+        )?)
     }
 
     /// A descriptor of the object for calls that need no more than `O_PATH`; cached.
@@ -561,15 +571,10 @@ impl Backing {
 
     /// Whether an open directory has no entries.
     pub fn is_empty(&self, dir: &OwnedFd) -> Result<bool> {
-        let dir = rustix::fs::openat(
-            dir,
-            c".",
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        for entry in rustix::fs::Dir::new(dir)? {
-            let name = entry?.file_name().to_bytes().to_vec();
-            if name != b"." && name != b".." {
+        let mut buf = [MaybeUninit::uninit(); 1024];
+        let mut entries = RawDir::new(dir, &mut buf);
+        while let Some(entry) = entries.next() {
+            if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
                 return Ok(false);
             }
         }

@@ -248,6 +248,9 @@ impl<'a> Op<'a> {
                 image.size
             }
         };
+        if start >= size {
+            return self.keep_tail_hole(object, fd, aim, size, start);
+        }
         let end = end.min(size);
         if start >= end {
             return Ok(());
@@ -259,6 +262,28 @@ impl<'a> Op<'a> {
             self.keep_chunk(object, fd, aim, size, from, to)?;
         }
         Ok(())
+    }
+
+    /// A write past the end that the cut had changes no byte of the snapshot. But where it falls into the
+    /// last block, and that is a hole, the snapshot's hole would come to be data (C5).
+    fn keep_tail_hole(
+        &mut self,
+        object: &Object,
+        fd: BorrowedFd<'_>,
+        aim: Aim,
+        size: u64,
+        start: u64,
+    ) -> Result<()> {
+        let block = BLOCK as u64;
+        let last = start / block;
+        if start >= size.next_multiple_of(block) {
+            return Ok(());
+        }
+        let data = self.engine.backing.seek(fd, last * block, false)?;
+        if data.is_some_and(|at| at < size) {
+            return Ok(());
+        }
+        self.keep_chunk(object, fd, aim, size, last, last + 1)
     }
 
     /// Keeps the blocks `from..to` of one chunk that are not kept yet.

@@ -113,7 +113,12 @@ impl Engine {
                 *pin = Some(self.backing.open_object(&object.entry, OFlags::PATH)?);
             }
         }
-        self.backing
-            .release_retained(dead.ino, dead.kind == libc::DT_DIR)
+        // After the loss of an index the record may be of an earlier object of that number.
+        match self.backing.find_retained(dead.ino)? {
+            Some(found) if found.entry.handle == dead.handle => self
+                .backing
+                .release_retained(dead.ino, dead.kind == libc::DT_DIR),
+            _ => Ok(()),
+        }
     }
 }

@@ -1,15 +1,11 @@
 //! Carrying records from memory into the index.
 
 use super::Store;
-use super::index::{Change, Index};
+use super::index::Index;
 use super::journal::Journal;
 use super::key::{self, IndexState, Pair};
 use super::reclaim::Upkeep;
 use crate::error::Result;
-
-/// Pairs and bytes of one batch.
-const BATCH_PAIRS: usize = 2000;
-const BATCH_BYTES: usize = 1 << 20;
 
 impl Store {
     /// Carries what is in memory into the index, durably, so that the next open need not replay it.
@@ -27,7 +23,8 @@ impl Store {
         if self.layers.frozen().is_none() {
             self.journal.at_checkpoint(|lsn| self.layers.freeze(lsn));
         }
-        // The index must not be ahead of the journal after a power cut.
+        // The index must not be ahead of the journal after a power cut: this comes before the sync.
+        let (table, home) = self.snapshots.for_index();
         self.journal.sync()?;
         let Some(frozen) = self.layers.frozen() else {
             return Ok(());
@@ -39,34 +36,37 @@ impl Store {
             sweep: upkeep.sweep,
             clean,
         };
-        let (table, home) = self.snapshots.for_index();
         if frozen.map.is_empty() && upkeep.written == Some((state, table.version)) {
             self.layers.thaw();
             return Ok(());
         }
         carry(self.layers.index.as_ref(), &self.journal, frozen.map.iter())?;
-        let mut last: Vec<Change> = self.usage_changes(clean);
-        last.push((
-            key::TABLE.to_vec(),
-            Some(key::table_value(home.unwrap_or(u32::MAX), &table)),
-        ));
-        last.push((key::STATE.to_vec(), Some(state.value())));
-        self.layers.index.apply(last)?;
-        self.layers.index.sync()?;
+        let index = &self.layers.index;
+        for (key, value) in self.usages(clean) {
+            index.put(&key, &value)?;
+        }
+        index.put(
+            key::TABLE,
+            &key::table_value(home.unwrap_or(u32::MAX), &table),
+        )?;
+        // All of it is durable before the state says that it is there.
+        index.sync()?;
+        index.put(key::STATE, &state.value())?;
+        index.sync()?;
         self.layers.thaw();
         upkeep.written = Some((state, table.version));
         Ok(())
     }
 
     /// The usage of segments that have been closed since the last time, or of all.
-    fn usage_changes(&self, all: bool) -> Vec<Change> {
+    fn usages(&self, all: bool) -> Vec<Pair> {
         let mut known = self.journal.known.lock();
         let due = known
             .iter_mut()
             .filter(|(_, known)| all || (known.closed && !known.noted));
         let note = |(number, known): (&u32, &mut super::journal::Known)| {
             known.noted = true;
-            (key::usage(*number), Some(key::usage_value(&known.usage)))
+            (key::usage(*number), key::usage_value(&known.usage))
         };
         due.map(note).collect()
     }
@@ -82,13 +82,12 @@ impl Store {
     }
 }
 
-/// Puts the pairs into the index, in batches.
+/// Puts the pairs into the index.
 pub(super) fn carry<'a>(
     index: &dyn Index,
     journal: &Journal,
     pairs: impl Iterator<Item = (&'a Vec<u8>, &'a Vec<u8>)>,
 ) -> Result<()> {
-    let (mut batch, mut bytes): (Vec<Change>, usize) = (Vec::new(), 0);
     for (key, value) in pairs {
         // Births and retained files are the values that can be replaced by ones in another segment.
         if matches!(key.first(), Some(b'b' | b'r'))
@@ -97,21 +96,7 @@ pub(super) fn carry<'a>(
         {
             journal.uncount(key, &old);
         }
-        bytes += key.len() + value.len();
-        batch.push((key.clone(), Some(value.clone())));
-        if batch.len() >= BATCH_PAIRS || bytes >= BATCH_BYTES {
-            index.apply(std::mem::take(&mut batch))?;
-            bytes = 0;
-        }
+        index.put(key, value)?;
     }
-    if batch.is_empty() {
-        Ok(())
-    } else {
-        index.apply(batch)
-    }
-}
-
-/// The changes that remove the pairs.
-pub(super) fn removal(pairs: Vec<Pair>) -> Vec<Change> {
-    pairs.into_iter().map(|(key, _)| (key, None)).collect()
+    Ok(())
 }

@@ -1,7 +1,6 @@
 //! Segments that hold little or nothing any more: what is live is appended anew, then the file goes.
 
 use super::Store;
-use super::index::Change;
 use super::journal::{Batch, Known};
 use super::key::{self, Piece, segment_of};
 use super::lookup::piece_range;
@@ -87,12 +86,12 @@ impl Store {
         if moved {
             self.checkpoint_in(upkeep, false)?;
         }
-        let mut changes = Vec::new();
         for (lsn, record) in &log.records {
-            changes.extend(self.leftovers(*lsn, record)?);
+            for key in self.leftovers(*lsn, record)? {
+                self.layers.index.remove(&key)?;
+            }
         }
-        changes.push((key::usage(segment), None));
-        self.layers.edit(changes)?;
+        self.layers.index.remove(&key::usage(segment))?;
         // Neither the index nor the table may need the file when it goes.
         self.layers.index.sync()?;
         self.snapshots.rehome(&self.journal, segment)?;
@@ -192,11 +191,11 @@ impl Store {
         Ok(parts)
     }
 
-    /// The changes that take the last traces of a moved record out of the index.
-    fn leftovers(&self, lsn: Lsn, record: &Record) -> Result<Vec<Change>> {
+    /// The keys in the index that are left of a moved record.
+    fn leftovers(&self, lsn: Lsn, record: &Record) -> Result<Vec<Vec<u8>>> {
         if let Record::Extent(extent) = record {
             let parts = self.parts_of(lsn, extent)?;
-            return Ok(parts.iter().map(|part| (part.key(), None)).collect());
+            return Ok(parts.iter().map(Piece::key).collect());
         }
         if let Some((key, _)) = key::pairs_of(record, lsn).first()
             && let Some(value) = self.layers.index.get(key)?

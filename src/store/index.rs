@@ -14,23 +14,24 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// A key and its new value; `None` removes the key.
-pub(super) type Change = (Vec<u8>, Option<Vec<u8>>);
-
 /// Is shown each pair of a scan; says whether to go on.
 pub(super) type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<bool>;
 
 /// An ordered map of bytes. Ranges are `from..to`, keys in ascending order.
+///
+/// Changes are made one at a time: nothing needs several at once (docs/FORMAT.md), and sled's batches hold
+/// up readers and take five times the memory.
 pub(super) trait Index: Send + Sync {
     /// The value of `key`.
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>>;
-    /// Shows the pairs of the range in order. Not isolated from changes made meanwhile, but each
-    /// [`Index::apply`] is seen wholly or not at all at every step.
+    /// Shows the pairs of the range in order. Not isolated from changes made meanwhile.
     fn scan(&self, from: &[u8], to: &[u8], visit: Visit<'_>) -> Result<()>;
     /// The last pair of the range.
     fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<Pair>>;
-    /// Makes all the changes at once.
-    fn apply(&self, changes: Vec<Change>) -> Result<()>;
+    /// Gives `key` a value.
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<()>;
+    /// Removes `key`, if it is there.
+    fn remove(&self, key: &[u8]) -> Result<()>;
     /// Makes all changes so far durable.
     fn sync(&self) -> Result<()>;
     /// Bytes allocated on disk.
@@ -69,14 +70,13 @@ impl Index for MemoryIndex {
         Ok(range.next_back().map(|(k, v)| (k.clone(), v.clone())))
     }
 
-    fn apply(&self, changes: Vec<Change>) -> Result<()> {
-        let mut map = self.0.write();
-        for (key, value) in changes {
-            match value {
-                Some(value) => map.insert(key, value),
-                None => map.remove(&key),
-            };
-        }
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.0.write().insert(key.to_vec(), value.to_vec());
+        Ok(())
+    }
+
+    fn remove(&self, key: &[u8]) -> Result<()> {
+        self.0.write().remove(key);
         Ok(())
     }
 
@@ -187,15 +187,12 @@ impl Index for SledIndex {
         Ok(last.map(|(key, value)| (key.to_vec(), value.to_vec())))
     }
 
-    fn apply(&self, changes: Vec<Change>) -> Result<()> {
-        let mut batch = sled::Batch::default();
-        for (key, value) in changes {
-            match value {
-                Some(value) => batch.insert(key, value),
-                None => batch.remove(key),
-            }
-        }
-        self.run(|| self.db.apply_batch(batch))
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.run(|| self.db.insert(key, value)).map(drop)
+    }
+
+    fn remove(&self, key: &[u8]) -> Result<()> {
+        self.run(|| self.db.remove(key)).map(drop)
     }
 
     fn sync(&self) -> Result<()> {

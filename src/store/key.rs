@@ -71,6 +71,11 @@ pub(super) fn entry_parts(key: &[u8]) -> Result<(&[u8], Epoch)> {
     }
 }
 
+/// What all extents of an object begin with.
+pub(super) fn extents(ino: Ino) -> Vec<u8> {
+    Key::new(b'd').num(ino.0).0
+}
+
 /// What all extents of a chunk begin with.
 pub(super) fn chunk(ino: Ino, chunk: u64) -> Vec<u8> {
     Key::new(b'd').num(ino.0).num(chunk).0

@@ -4,7 +4,7 @@
 //! into the index, and drops it. Readers take the maps under one guard and look at the index after that:
 //! what a checkpoint has dropped by then is in the index already.
 
-use super::index::{Change, Index, Visit};
+use super::index::{Index, Visit};
 use super::key::Pair;
 use crate::error::Result;
 use crate::ids::Lsn;
@@ -208,15 +208,6 @@ impl Layers {
             page.push((key.clone(), value.clone()));
         }
         page
-    }
-
-    /// Changes the index itself, for keys that are not in memory.
-    pub(super) fn edit(&self, changes: Vec<Change>) -> Result<()> {
-        if changes.is_empty() {
-            Ok(())
-        } else {
-            self.index.apply(changes)
-        }
     }
 }
 

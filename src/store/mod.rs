@@ -20,6 +20,7 @@ mod layers;
 mod lookup;
 pub mod media;
 mod open;
+mod probe;
 mod reclaim;
 mod record;
 mod replay;

@@ -22,6 +22,8 @@ use std::path::Path;
 /// An index that takes less than this on disk is read whole at every open, a larger one only if the store
 /// was not closed in order.
 const ALWAYS_CHECKED: u64 = 32 << 20;
+/// An index without records that takes more than this on disk is made anew.
+const HUSK: u64 = 16 << 20;
 /// Memory for replayed records before they go to the index.
 const REPLAY_BYTES: usize = 32 << 20;
 
@@ -67,6 +69,14 @@ impl Store {
         numbers.sort_unstable();
         let (lock, uuid) = identify(dir, !numbers.is_empty())?;
         let mut found = find_index(dir, &options, uuid)?;
+        if found.is_husk() {
+            log::info!(
+                "{}: the index holds nothing any more and is made anew",
+                dir.display()
+            );
+            drop(found);
+            found = fresh_index(dir, &options)?;
+        }
         let mut recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, found.state)?;
         let missing =
             |(number, usage): &(&u32, &Usage)| usage.records > 0 && !numbers.contains(number);
@@ -107,6 +117,11 @@ struct Found {
 }
 
 impl Found {
+    /// Whether the index takes much space for nothing: sled gives little back.
+    fn is_husk(&self) -> bool {
+        self.usage.values().all(|usage| usage.records == 0) && self.index.allocated() > HUSK
+    }
+
     fn empty(index: impl Index + 'static) -> Self {
         Self {
             index: Box::new(index),
@@ -300,7 +315,8 @@ impl Recovery {
         } = parts;
         self.close_segments(media.as_ref(), uuid)?;
         let (mut table, mut home, highest) = self.newest_table(found.index.as_ref())?;
-        if table.epoch < highest {
+        let abandoned = table.epoch < highest;
+        if abandoned {
             // A cut was under way. Its number is spent: records bear it already.
             (table.epoch, table.version, home) = (highest, table.version + 1, None);
         }
@@ -308,7 +324,9 @@ impl Recovery {
         let next = self.highest + 1;
         let journal = Journal::new(media, uuid, options, self.end, next, preface);
         let rebuilt = self.state.is_none() && !self.logs.is_empty();
-        let sweep = self.state.map_or(rebuilt, |state| state.sweep);
+        // What a cut that was given up has left is walked with the snapshots around it, if there are any.
+        let sweep = self.state.map_or(rebuilt, |state| state.sweep)
+            || (abandoned && table.snapshots.is_empty());
         let store = Store {
             dir: dir.to_path_buf(),
             uuid,

@@ -5,17 +5,20 @@
 //! harmless, so a step needs no record of its own: the snapshot stays in the table, marked as being
 //! deleted, until the index has lost all that died, durably.
 
-use super::index::Change;
+use super::Store;
 use super::key::{self, Aspect, IndexState, Piece, Touch};
 use super::lookup::{label_at_end, piece_range, runs};
 use super::snapshots::Published;
 use super::types::Retained;
-use super::{Store, checkpoint};
 use crate::error::Result;
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
 
 /// Touched aspects, births or retained files looked at in one step.
 const STEP: usize = 512;
+/// Ranges punched in one step, and ranges to remember; a crash forgets them, and what they held comes back
+/// with its segment.
+const STEP_PUNCHES: usize = 256;
+const MAX_PUNCHES: usize = 1 << 18;
 /// Blocks freed after which a step ends.
 const STEP_BLOCKS: usize = 2048;
 
@@ -51,27 +54,37 @@ struct Job {
     done: Vec<Epoch>,
     /// Whether births may have died: the oldest snapshot is among those being deleted.
     births: bool,
+    /// All labels are being looked at.
+    sweep: bool,
     phase: Phase,
     /// Keys before this are done with in this phase.
     cursor: Vec<u8>,
+    /// Payload that has died. Punched out at the end, since until then whole segments may have died.
+    punch: Vec<Range>,
 }
+
+/// Segment, offset and length in bytes.
+type Range = (u32, u64, u64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Touched,
     Retained,
     Births,
+    Punch,
     Finish,
 }
 
 /// What one step does to the index, and to the payloads after that.
 #[derive(Default)]
 struct Step {
-    changes: Vec<Change>,
-    dead: Vec<(Vec<u8>, Vec<u8>)>,
-    born: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Segment, offset and length in bytes.
-    punch: Vec<(u32, u64, u64)>,
+    /// Pairs that go, or shrink.
+    dead: Vec<key::Pair>,
+    /// What is left of some of them; with the highest keys first.
+    born: Vec<key::Pair>,
+    /// Keys that say that there is a record, where there is none any more.
+    unmarked: Vec<Vec<u8>>,
+    punch: Vec<Range>,
     blocks: usize,
 }
 
@@ -104,18 +117,19 @@ impl Store {
 
     fn next_job(&self, upkeep: &Upkeep) -> Option<Job> {
         let table = self.snapshots.published();
-        let oldest = table.existing().next();
-        let (from, to, births) = if upkeep.sweep {
-            (Epoch(0), table.epoch, true)
+        let (from, to) = if upkeep.sweep {
+            (Epoch(0), table.epoch)
         } else {
             let k = table.deleting().next()?;
             let next = table.existing().find(|n| *n > k);
+            // What is labelled below the oldest snapshot is of cuts that were given up.
+            let oldest = table.existing().next().is_none_or(|oldest| oldest > k);
             (
-                k,
+                if oldest { Epoch(0) } else { k },
                 next.map_or(table.epoch, |n| Epoch(n.0 - 1)),
-                oldest.is_none_or(|oldest| oldest > k),
             )
         };
+        let (births, sweep) = (from == Epoch(0), upkeep.sweep);
         let done = table
             .deleting()
             .filter(|k| (from..=to).contains(k))
@@ -126,8 +140,10 @@ impl Store {
             to,
             done,
             births,
+            sweep,
             phase: Phase::Touched,
             cursor,
+            punch: Vec::new(),
         })
     }
 
@@ -142,6 +158,7 @@ impl Store {
             Phase::Touched => self.step_touched(&table, job)?,
             Phase::Retained => self.step_retained(&table, job, release)?,
             Phase::Births => self.step_births(&table, job)?,
+            Phase::Punch => self.step_punch(job, STEP_PUNCHES)?.then(Vec::new),
             Phase::Finish => None,
         };
         if let Some(cursor) = next {
@@ -151,7 +168,11 @@ impl Store {
         (job.phase, job.cursor) = match job.phase {
             Phase::Touched => (Phase::Retained, b"r".to_vec()),
             Phase::Retained if job.births => (Phase::Births, b"b".to_vec()),
-            Phase::Retained | Phase::Births | Phase::Finish => (Phase::Finish, Vec::new()),
+            Phase::Retained | Phase::Births => {
+                job.punch = merged(std::mem::take(&mut job.punch));
+                (Phase::Punch, Vec::new())
+            }
+            Phase::Punch | Phase::Finish => (Phase::Finish, Vec::new()),
         };
         if job.phase == Phase::Finish {
             // Durably out of the index before the table forgets that there was something to do.
@@ -160,7 +181,7 @@ impl Store {
                 self.snapshots.drop_deleted(&self.journal, &job.done)?;
             }
             // A sweep counts as done once a checkpoint has said so.
-            upkeep.sweep &= job.from > Epoch(0);
+            upkeep.sweep &= !job.sweep;
             upkeep.segments_due = true;
         }
         Ok(())
@@ -181,10 +202,11 @@ impl Store {
         Ok((page, next))
     }
 
-    fn step_touched(&self, table: &Published, job: &Job) -> Result<Option<Vec<u8>>> {
+    fn step_touched(&self, table: &Published, job: &mut Job) -> Result<Option<Vec<u8>>> {
         let (page, mut next) = self.index_page(&job.cursor, &key::touched(job.from, job.to).1)?;
-        let mut step = Step::default();
+        let mut blocks = 0;
         for (key, _) in page {
+            let mut step = Step::default();
             let touch = Touch::parse(&key)?;
             let birth = self.birth(touch.ino)?.unwrap_or(Epoch(0));
             let gone = match &touch.aspect {
@@ -213,14 +235,19 @@ impl Store {
                 }
             };
             if gone {
-                step.changes.push((key.clone(), None));
+                step.unmarked.push(key.clone());
             }
-            if step.blocks >= STEP_BLOCKS {
+            blocks += step.blocks;
+            job.punch.extend(self.carry_out(step)?);
+            if blocks >= STEP_BLOCKS {
                 next = Some(after(&key));
                 break;
             }
         }
-        self.carry_out(step)?;
+        if job.punch.len() > MAX_PUNCHES {
+            job.punch = merged(std::mem::take(&mut job.punch));
+            self.step_punch(job, MAX_PUNCHES / 2)?;
+        }
         Ok(next)
     }
 
@@ -241,7 +268,6 @@ impl Store {
         let before = before.map_or(Ok(Epoch(0)), |(key, _)| label_at_end(&key))?;
         let dead = table.is_dead(before.max(birth), label_at_end(&key)?);
         if dead {
-            step.changes.push((key.clone(), None));
             step.dead.push((key, value));
         }
         Ok(dead)
@@ -321,40 +347,72 @@ impl Store {
     }
 
     fn forget(&self, dead: Vec<key::Pair>) -> Result<()> {
-        self.layers.edit(checkpoint::removal(dead.clone()))?;
-        dead.iter()
-            .for_each(|(key, value)| self.journal.uncount(key, value));
-        Ok(())
-    }
-
-    fn carry_out(&self, step: Step) -> Result<()> {
-        self.layers.edit(step.changes)?;
-        step.dead
-            .iter()
-            .for_each(|(key, value)| self.journal.uncount(key, value));
-        step.born
-            .iter()
-            .for_each(|(key, value)| self.journal.count(key, value));
-        // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
-        for (segment, offset, len) in step.punch {
-            if let Some(file) = self.journal.file(segment)? {
-                file.punch(offset, len)?;
-            }
+        for (key, value) in dead {
+            self.layers.index.remove(&key)?;
+            self.journal.uncount(&key, &value);
         }
         Ok(())
     }
+
+    /// New parts come before the whole goes, and records before the mark that they exist: cut short, or
+    /// seen half done, this leaves too much and never too little.
+    fn carry_out(&self, step: Step) -> Result<Vec<Range>> {
+        for (key, value) in &step.born {
+            self.layers.index.put(key, value)?;
+            self.journal.count(key, value);
+        }
+        for (key, value) in &step.dead {
+            if !step.born.iter().any(|(born, _)| born == key) {
+                self.layers.index.remove(key)?;
+            }
+            self.journal.uncount(key, value);
+        }
+        for key in &step.unmarked {
+            self.layers.index.remove(key)?;
+        }
+        Ok(step.punch)
+    }
+
+    /// Gives some of the dead payload back to the disk; whether there is more.
+    fn step_punch(&self, job: &mut Job, count: usize) -> Result<bool> {
+        for (segment, offset, len) in job.punch.drain(job.punch.len().saturating_sub(count)..) {
+            // A segment without records goes as a whole.
+            let stays = self
+                .journal
+                .known
+                .lock()
+                .get(&segment)
+                .is_some_and(|known| known.usage.records > 0);
+            // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
+            if stays && let Some(file) = self.journal.file(segment)? {
+                file.punch(offset, len)?;
+            }
+        }
+        Ok(!job.punch.is_empty())
+    }
+}
+
+/// The ranges in order, neighbours joined.
+fn merged(mut ranges: Vec<Range>) -> Vec<Range> {
+    ranges.sort_unstable();
+    let mut out: Vec<Range> = Vec::with_capacity(ranges.len());
+    for (segment, offset, len) in ranges {
+        match out.last_mut() {
+            Some(last) if last.0 == segment && last.1 + last.2 == offset => last.2 += len,
+            _ => out.push((segment, offset, len)),
+        }
+    }
+    out
 }
 
 impl Step {
     /// Replaces `piece` by its live parts; `dead` is by block of the piece.
     fn split(&mut self, piece: &Piece, dead: &[bool]) {
         let start = usize::from(piece.start);
-        self.changes.push((piece.key(), None));
         self.dead.push((piece.key(), piece.value()));
-        for run in runs(dead) {
+        for run in runs(dead).into_iter().rev() {
             let part = piece.part(start + run.start..start + run.end);
             if !dead[run.start] {
-                self.changes.push((part.key(), Some(part.value())));
                 self.born.push((part.key(), part.value()));
             } else if let Some(place) = &part.place {
                 let (offset, len) = (u64::from(place.block) * BLOCK as u64, run.len() * BLOCK);

@@ -320,12 +320,10 @@ fn layers_merge_by_key_and_the_newest_wins() {
         if round == 1000 {
             layers.freeze(Lsn(0));
             let frozen = layers.frozen().unwrap();
-            let changes = frozen
+            frozen
                 .map
                 .iter()
-                .map(|(k, v)| (k.clone(), Some(v.clone())))
-                .collect();
-            layers.index.apply(changes).unwrap();
+                .for_each(|(k, v)| layers.index.put(k, v).unwrap());
             layers.thaw();
         }
         if round == 2000 {

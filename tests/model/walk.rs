@@ -34,6 +34,9 @@ pub fn walk(engine: &Engine, root: NodeId, forget: bool) -> Result<View, String>
     };
     walk.visit(root, b"/".to_vec())
         .map_err(|error| error.to_string())?;
+    for seen in walk.view.values_mut() {
+        seen.first = walk.first[&seen.node].clone();
+    }
     Ok(walk.view)
 }
 
@@ -48,6 +51,10 @@ impl Walk<'_> {
     fn visit(&mut self, id: NodeId, path: Vec<u8>) -> cowfs::error::Result<()> {
         let engine = self.engine;
         let node = engine.node(id)?;
+        let first = self.first.entry(id).or_insert_with(|| path.clone());
+        if path < *first {
+            first.clone_from(&path);
+        }
         let mut attr = engine.getattr(&node, None)?;
         attr.image.blocks = 0;
         let mut seen = Seen {
@@ -55,7 +62,7 @@ impl Walk<'_> {
             data: Vec::new(),
             map: Vec::new(),
             target: Vec::new(),
-            first: self.first.entry(id).or_insert_with(|| path.clone()).clone(),
+            first: Vec::new(),
             node: id,
             attr: attr.image,
         };

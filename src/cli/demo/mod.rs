@@ -176,12 +176,13 @@ struct Row {
     name: &'static str,
     /// Nothing for the control.
     violations: Option<Vec<String>>,
-    stall: Duration,
-    copy: Option<Duration>,
+    /// The longest write while the backup was made, from its beginning to its end.
+    longest: Duration,
+    copy: Duration,
     /// How many writes were done meanwhile.
     writes: u64,
-    /// For the snapshot: how long its creation took, and the longest write meanwhile.
-    cut: Option<(Duration, Duration)>,
+    /// Where the backup takes an instant of its own: how long that took, and the longest write meanwhile.
+    instant: Option<(Duration, Duration)>,
 }
 
 impl Show {
@@ -219,32 +220,45 @@ impl Show {
             output::line("  (right by luck; again)")?;
         }
         progress("2 of 3: hold all writers, cp -a, let them go")?;
-        rows.push(self.back_up("freeze + cp -a", |copy_to| {
-            let hold = self.writers.gate.write();
-            let copied = self.copy(&live, copy_to, false);
-            drop(hold);
-            copied
-        })?);
+        rows.push(self.back_up_frozen(&live)?);
         progress("3 of 3: cowfs snapshot, cp -a of the snapshot")?;
         rows.push(self.back_up_by_snapshot(&live)?);
         Ok(rows)
     }
 
+    fn back_up_frozen(&self, live: &Path) -> Result<Row> {
+        let mut instant = None;
+        let mut row = self.back_up("freeze + cp -a", |copy_to| {
+            let start = Instant::now();
+            let hold = self.writers.gate.write();
+            let copied = self.copy(live, copy_to, false);
+            drop(hold);
+            instant = Some((start, Instant::now()));
+            copied
+        })?;
+        row.instant = instant.map(|span| self.during(span));
+        Ok(row)
+    }
+
     fn back_up_by_snapshot(&self, live: &Path) -> Result<Row> {
         let status = control::status(&canonical(live)?)?;
         let snapshot = live.join(status.snapshot_dir).join(SNAPSHOT);
-        let mut cut = None;
+        let mut instant = None;
         let mut row = self.back_up("cowfs snapshot + cp -a", |copy_to| {
             let start = Instant::now();
             std::fs::create_dir(&snapshot)
                 .map_err(|error| Error::io("cannot create the snapshot", &snapshot, &error))?;
-            cut = Some((start, Instant::now()));
+            instant = Some((start, Instant::now()));
             self.copy(&snapshot, copy_to, false)
         })?;
-        row.cut = cut.map(|(start, end)| (end - start, self.writers.gauge.longest(start, end)));
+        row.instant = instant.map(|span| self.during(span));
         std::fs::remove_dir(&snapshot)
             .map_err(|error| Error::io("cannot delete the snapshot", &snapshot, &error))?;
         Ok(row)
+    }
+
+    fn during(&self, (start, end): (Instant, Instant)) -> (Duration, Duration) {
+        (end - start, self.writers.gauge.longest(start, end))
     }
 
     /// Makes a copy, checks it, removes it.
@@ -261,7 +275,7 @@ impl Show {
         })?;
         let mut violations = check::violations(&copy_to, &self.stage.layout);
         violations.extend(complaint);
-        let seconds = row.copy.unwrap_or_default().as_secs_f64();
+        let seconds = row.copy.as_secs_f64();
         match violations.first() {
             None => output::line(format!("  {seconds:.2} s; consistent"))?,
             Some(first) => output::line(format!(
@@ -287,10 +301,10 @@ impl Show {
         Ok(Row {
             name,
             violations: None,
-            stall: self.writers.gauge.longest(start, end),
-            copy: Some(end - start),
+            longest: self.writers.gauge.longest(start, end),
+            copy: end - start,
             writes,
-            cut: None,
+            instant: None,
         })
     }
 
@@ -364,6 +378,7 @@ fn report(rows: &[Row]) -> Result<()> {
         "consistent?",
         "longest write stall",
         "copy time",
+        "longest write of all",
         "writes meanwhile",
     ];
     let mut cells = vec![heading.map(String::from)];
@@ -371,33 +386,36 @@ fn report(rows: &[Row]) -> Result<()> {
         let consistent = match &row.violations {
             None => "-".into(),
             Some(found) if found.is_empty() => "yes".into(),
-            Some(found) => format!("NO: {} violations", found.len()),
+            Some(found) => format!("NO ({} violations)", found.len()),
         };
-        let seconds = row.copy.unwrap_or_default().as_secs_f64();
-        let copy = row
-            .violations
-            .as_ref()
-            .map_or("-".into(), |_| format!("{seconds:.2} s"));
-        let stall = format!("{:.1} ms", row.stall.as_secs_f64() * 1e3);
+        let copy = match row.violations {
+            None => "-".into(),
+            Some(_) => format!("{:.2} s", row.copy.as_secs_f64()),
+        };
         [
             row.name.into(),
             consistent,
-            stall,
+            row.instant
+                .map_or("-".into(), |(_, longest)| millis(longest)),
             copy,
+            millis(row.longest),
             row.writes.to_string(),
         ]
     }));
     output::line("")?;
     output::table(&cells)?;
-    output::line("")?;
-    for (took, longest) in rows.iter().filter_map(|row| row.cut) {
-        output::line(format!(
-            "The snapshot was there after {:.1} ms; the longest write meanwhile took {:.1} ms.",
-            took.as_secs_f64() * 1e3,
-            longest.as_secs_f64() * 1e3
-        ))?;
+    output::line(
+        "\nlongest write stall: the longest write that met the moment for which the backup needs the tree to stand\n\
+         still. longest write of all: until the copy was done; there writers and cp share the disk and the CPUs.",
+    )?;
+    if let Some((took, _)) = rows.last().and_then(|row| row.instant) {
+        output::line(format!("The snapshot was there after {}.", millis(took)))?;
     }
     Ok(())
+}
+
+fn millis(time: Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1e3)
 }
 
 /// Whether the demo has shown what it is to show.

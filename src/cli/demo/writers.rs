@@ -26,14 +26,19 @@ pub(super) struct Gauge {
 }
 
 impl Gauge {
-    fn time<T>(&self, write: impl FnOnce() -> T) -> T {
+    /// Notes how long one call of a writer takes, and counts it.
+    fn write<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        self.time(write)
+    }
+
+    fn time<T>(&self, what: impl FnOnce() -> T) -> T {
         let start = Instant::now();
-        let value = write();
+        let value = what();
         let end = Instant::now();
         if end - start >= NOTED {
             self.long.lock().push((start, end));
         }
-        self.writes.fetch_add(1, Ordering::Relaxed);
         value
     }
 
@@ -243,7 +248,7 @@ impl Bank {
                 partner,
                 gave,
             };
-            let write = |slot: &Slot, record: &[u8]| desk.gauge.time(|| slot.write(record));
+            let write = |slot: &Slot, record: &[u8]| desk.gauge.write(|| slot.write(record));
             write(&self.ledger, &ledger.encode())?;
             write(&self.accounts[from], &account(from, to, true).encode())?;
             write(&self.accounts[to], &account(to, from, false).encode())
@@ -286,10 +291,10 @@ impl Pairs {
             let record = encode_count((step / PAIRS) as i64 + 1);
             step += 1;
             for slot in &self.counters[pair] {
-                desk.gauge.time(|| slot.write(&record))?;
+                desk.gauge.write(|| slot.write(&record))?;
             }
             for page in &self.pages[pair] {
-                desk.gauge.time(|| replace(page, &record))?;
+                replace(page, &record, &desk.gauge)?;
             }
             Ok(())
         })
@@ -297,9 +302,12 @@ impl Pairs {
 }
 
 /// Puts a new file in the place of an old one, as programs save documents.
-fn replace(path: &Path, record: &[u8]) -> Result<()> {
+fn replace(path: &Path, record: &[u8], gauge: &Gauge) -> Result<()> {
     let new = path.with_extension("new");
-    fs::write(&new, record)
-        .and_then(|()| fs::rename(&new, path))
-        .map_err(|error| Error::io("cannot replace", path, &error))
+    let create = || -> std::io::Result<()> {
+        let file = gauge.write(|| File::create(&new))?;
+        gauge.write(|| file.write_all_at(record, 0))?;
+        gauge.write(|| fs::rename(&new, path))
+    };
+    create().map_err(|error| Error::io("cannot replace", path, &error))
 }
