@@ -7,7 +7,7 @@
 mod support;
 
 use std::time::Duration;
-use support::cut::{Method, Report, exact_cut};
+use support::cut::{Method, Report, exact_cut, stands_still};
 use support::{Mount, env_number, scratch, seed};
 
 fn show(what: &str, report: &Report) {
@@ -36,6 +36,16 @@ fn every_snapshot_is_an_exact_cut() {
         "only {} snapshots were read completely",
         report.checked
     );
+}
+
+#[test]
+fn a_snapshot_stands_still_once_its_creation_returned() {
+    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / 3;
+    let mount = Mount::new("still", time + Duration::from_secs(60));
+    let (cuts, changed) = stands_still(&mount.mnt, time);
+    println!("{cuts} snapshots stood still from the moment of their creation");
+    assert!(changed.is_empty(), "{}", changed.join("\n"));
+    assert!(cuts >= 10, "only {cuts} snapshots");
 }
 
 /// A control: the checker must refuse what a plain copy under load gives.

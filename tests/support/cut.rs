@@ -8,11 +8,11 @@
 //! earlier one, a write in half, half a rename, size without data have no such s. Writers that pass a
 //! token around in addition must show steps that one order of events explains.
 
-use rustix::fs::{CWD, XattrFlags};
+use rustix::fs::{CWD, OFlags, XattrFlags};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -1093,6 +1093,45 @@ struct Job {
     view: PathBuf,
     low: Vec<u64>,
     high: Vec<u64>,
+    /// What the view showed the moment it was made.
+    glance: Option<Vec<u64>>,
+}
+
+/// Reads a few stamps that change all the time, past the caches of the kernel: one more operation that is let
+/// into a snapshot after its creation returned shows as a difference between two glances.
+fn glance(view: &Path) -> io::Result<Vec<u64>> {
+    let mut stamps = Vec::new();
+    for file in [
+        "original/slots.0",
+        "copies/copy",
+        "ping/slots.0",
+        "pong/slots.0",
+        "ring-2/slots.0",
+    ] {
+        let direct = i32::try_from(OFlags::DIRECT.bits()).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(direct)
+            .open(view.join(file))?;
+        let mut part = [0; 4096];
+        file.read_exact_at(&mut part, 0)?;
+        stamps.extend(
+            part.as_chunks::<8>()
+                .0
+                .iter()
+                .map(|stamp| u64::from_le_bytes(*stamp)),
+        );
+    }
+    for file in 0..4 {
+        let mut value = [0; 8];
+        rustix::fs::getxattr(
+            view.join(format!("attributes/attr.{file}")),
+            "user.step",
+            &mut value,
+        )?;
+        stamps.push(u64::from_le_bytes(value));
+    }
+    Ok(stamps)
 }
 
 struct Run<'a> {
@@ -1126,11 +1165,16 @@ impl Run<'_> {
     /// One view, with the window of each writer's steps.
     fn cut(&self, name: &str) -> io::Result<Job> {
         let low = self.cast.low();
+        let mut first = None;
+        let mut high = None;
         let view = match self.method {
             Method::Snapshot { mnt } => {
                 let snapshot = mnt.join(".snapshots").join(name);
+                let view = snapshot.join(self.root.strip_prefix(mnt).unwrap());
                 fs::create_dir(&snapshot)?;
-                snapshot.join(self.root.strip_prefix(mnt).unwrap())
+                high = Some(self.cast.high());
+                first = Some(glance(&view)?);
+                view
             }
             Method::Copy { to } => self.copy(to, name),
             Method::Freeze { to } => {
@@ -1138,12 +1182,29 @@ impl Run<'_> {
                 self.copy(to, name)
             }
         };
+        let high = high.unwrap_or_else(|| self.cast.high());
         Ok(Job {
             name: name.to_owned(),
             view,
             low,
-            high: self.cast.high(),
+            high,
+            glance: first,
         })
+    }
+
+    /// The steps that the view of `job` shows, and that it shows what it showed at first.
+    fn check(&self, job: &Job) -> Result<Vec<u64>, String> {
+        let steps = self.cast.check(&job.view, &job.low, &job.high)?;
+        if let Some(first) = &job.glance {
+            let now = glance(&job.view).map_err(|error| format!("second glance: {error}"))?;
+            if let Some(at) = first.iter().zip(&now).position(|(a, b)| a != b) {
+                return Err(format!(
+                    "the snapshot changed after it was made: stamp {} became {}",
+                    first[at], now[at]
+                ));
+            }
+        }
+        Ok(steps)
     }
 
     fn drop_view(&self, job: &Job) {
@@ -1162,7 +1223,7 @@ impl Run<'_> {
             let Ok(job) = jobs.lock().unwrap().recv() else {
                 return;
             };
-            match self.cast.check(&job.view, &job.low, &job.high) {
+            match self.check(&job) {
                 Ok(steps) => {
                     let number = self.checked.fetch_add(1, Ordering::Relaxed);
                     if number % 16 == 3 && kept.lock().unwrap().len() < 12 {
@@ -1268,7 +1329,7 @@ pub(crate) fn exact_cut(root: &Path, method: &Method, time: Duration, seed: u64)
         run.stop.store(true, Ordering::SeqCst);
     });
     for (job, steps) in kept.into_inner().unwrap() {
-        match run.cast.check(&job.view, &job.low, &job.high) {
+        match run.check(&job) {
             Ok(now) if now == steps => run.drop_view(&job),
             Ok(now) => run.violation(format!(
                 "VIOLATION: {} showed {steps:?} and now {now:?}",
@@ -1307,4 +1368,101 @@ pub(crate) fn exact_cut(root: &Path, method: &Method, time: Duration, seed: u64)
         steps,
         times,
     }
+}
+
+/// Cuts snapshots of a few files that are written all the time, and reads each at once and a little later, past
+/// the caches of the kernel. Returns the number of cuts and what changed in a snapshot after its creation had
+/// returned.
+///
+/// [`exact_cut`] looks at all there is, which takes too long to see an operation that comes a millisecond late.
+pub(crate) fn stands_still(mnt: &Path, time: Duration) -> (usize, Vec<String>) {
+    const FILES: usize = 4;
+    let name = |file: usize| format!("still-{file}");
+    let direct = i32::try_from(OFlags::DIRECT.bits()).unwrap();
+    let look = |view: &Path, file: usize| -> io::Result<u64> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(direct)
+            .open(view.join(name(file)))?;
+        let mut page = [0; PAGE];
+        file.read_exact_at(&mut page, 0)?;
+        stamp_of(&page).map_err(io::Error::other)
+    };
+    let files: Vec<File> = (0..FILES)
+        .map(|file| {
+            fs::write(mnt.join(name(file)), pattern(0, PAGE)).unwrap();
+            OpenOptions::new()
+                .write(true)
+                .open(mnt.join(name(file)))
+                .unwrap()
+        })
+        .collect();
+    let progress: Vec<Progress> = (0..FILES).map(|_| Progress::default()).collect();
+    let stop = AtomicBool::new(false);
+    let mut changed = Vec::new();
+    let mut cuts = 0;
+    std::thread::scope(|scope| {
+        for (file, progress) in files.iter().zip(&progress) {
+            let stop = &stop;
+            scope.spawn(move || {
+                let mut step = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    step += 1;
+                    progress.begun.store(step, Ordering::SeqCst);
+                    file.write_all_at(&pattern(step, PAGE), 0).unwrap();
+                    progress.done.store(step, Ordering::SeqCst);
+                }
+            });
+        }
+        let end = Instant::now() + time;
+        while Instant::now() < end && changed.len() < 5 {
+            let view = mnt.join(format!(".snapshots/still-{cuts}"));
+            let low: Vec<u64> = progress
+                .iter()
+                .map(|p| p.done.load(Ordering::SeqCst))
+                .collect();
+            let made = fs::create_dir(&view);
+            let first: io::Result<Vec<u64>> = made.and_then(|()| {
+                (0..FILES)
+                    .map(|file| look(&view, (file + cuts) % FILES))
+                    .collect()
+            });
+            let high: Vec<u64> = progress
+                .iter()
+                .map(|p| p.begun.load(Ordering::SeqCst))
+                .collect();
+            std::thread::sleep(Duration::from_millis(4));
+            for turn in 0..FILES {
+                let file = (turn + cuts) % FILES;
+                match (&first, look(&view, file)) {
+                    (Ok(first), Ok(now)) if first[turn] != now => changed.push(format!(
+                        "VIOLATION: file {file} in snapshot {cuts} showed write {} when its creation had \
+                         returned, and {now} a moment later",
+                        first[turn]
+                    )),
+                    (Ok(_), Ok(now)) => {
+                        if let Err(why) = in_window(now, low[file], high[file]) {
+                            changed.push(format!("VIOLATION: file {file} in snapshot {cuts}: {why}"));
+                        }
+                    }
+                    (Err(error), _) => changed.push(format!("snapshot {cuts}: {error}")),
+                    (_, Err(error)) => changed.push(format!("snapshot {cuts}, file {file}: {error}")),
+                }
+            }
+            cuts += 1;
+            // Not one by one: a deletion keeps the store busy for a while, and the next creation waits for it.
+            if cuts % 20 == 0 {
+                for old in cuts - 20..cuts {
+                    if let Err(error) =
+                        remove_snapshot(&mnt.join(format!(".snapshots/still-{old}")))
+                    {
+                        changed.push(format!("deleting snapshot {old}: {error}"));
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    (cuts, changed)
 }
