@@ -113,6 +113,8 @@ impl Engine {
             cutting: AtomicBool::new(false),
         });
         engine.refresh_guards(None);
+        // The root stays known as long as there is a mount.
+        engine.nodes.told(&engine.root());
         recover::retained(&engine)?;
         if let Some(interval) = options.upkeep {
             upkeep::start(&engine, interval)?;

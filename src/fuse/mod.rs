@@ -493,11 +493,22 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        let written = self
-            .engine
-            .file(fh.0)
-            .and_then(|file| self.engine.write(writable(&file)?, offset, data, kill));
-        answer!(reply, written, n => reply.written(n as u32));
+        let written = self.engine.file(fh.0).and_then(|file| {
+            let n = self.engine.write(writable(&file)?, offset, data, kill)?;
+            Ok((file, n))
+        });
+        match written {
+            Ok((file, n)) if writable(&file).is_ok_and(|live| live.sync_each_write.is_some()) => {
+                let engine = self.engine.clone();
+                self.blocking.run(move || {
+                    let done = writable(&file).and_then(|live| engine.sync_write(live));
+                    drop(file);
+                    answer!(reply, done, () => reply.written(n as u32));
+                });
+            }
+            Ok((_, n)) => reply.written(n as u32),
+            Err(error) => reply.error(errno(&error)),
+        }
     }
 
     fn flush(
