@@ -122,9 +122,9 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Installs what flushes shared mappings before a cut.
-    pub fn set_flusher(&self, flusher: Flusher) {
-        *self.flusher.write() = Some(flusher);
+    /// Installs what flushes shared mappings before a cut; `None` drops it.
+    pub fn set_flusher(&self, flusher: Option<Flusher>) {
+        *self.flusher.write() = flusher;
     }
 
     /// The backing directory.

@@ -46,6 +46,7 @@ pub fn serve(config: MountConfig, ready: impl FnOnce() + Send) -> Result<()> {
     if served.is_err() {
         detach(&config.mountpoint);
     }
+    engine.set_flusher(None);
     let closed = engine.close();
     served.and(closed)
 }
@@ -60,7 +61,7 @@ fn run(
     let failed = |e: std::io::Error| Error::io("the FUSE session failed", &config.mountpoint, &e);
     let helper = FlushHelper::start(&config.mountpoint)?;
     let helper_pid = helper.pid();
-    engine.set_flusher(Box::new(move |nodes| helper.flush(nodes)));
+    engine.set_flusher(Some(Box::new(move |nodes| helper.flush(nodes))));
     let mut options = Config::default();
     options.n_threads = Some(REQUEST_THREADS);
     options.acl = if config.allow_other {
