@@ -23,6 +23,21 @@ pub struct Attr {
     pub image: AttrImage,
 }
 
+impl Attr {
+    /// Attributes of which no more than the node and the kind (`DT_*`) is known.
+    pub fn of_kind(node: NodeId, kind: u8) -> Self {
+        let image = AttrImage {
+            mode: u32::from(kind) << 12,
+            ..AttrImage::default()
+        };
+        Self {
+            node,
+            shown: node,
+            image,
+        }
+    }
+}
+
 /// A time to set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SetTime {
@@ -78,7 +93,7 @@ impl Engine {
         match node {
             Node::Live(object) => match file {
                 Some(OpenFile::Live(live)) => self.live_attr(object, live.fd()),
-                _ => self.live_attr(object, self.backing.path_fd(&object.entry)?.as_fd()),
+                _ => self.live_attr(object, self.object_fd(object)?.as_fd()),
             },
             Node::At(member) => self.attr_of_member(member),
             Node::Folder(dir) => self.folder_attr(dir),
@@ -130,7 +145,7 @@ impl Engine {
         let Node::Live(object) = node else {
             return Err(Error::ReadOnly);
         };
-        let fd = self.backing.path_fd(&object.entry)?;
+        let fd = self.object_fd(object)?;
         let opened;
         let writable = match (set.size, file) {
             (None, _) => None,
@@ -177,7 +192,7 @@ impl Engine {
         match node {
             Node::Live(object) => self
                 .backing
-                .get_xattr(self.backing.path_fd(&object.entry)?.as_fd(), name),
+                .get_xattr(self.object_fd(object)?.as_fd(), name),
             Node::At(member) => {
                 let image = self.full_member(member)?;
                 let found = image.xattrs.into_iter().find(|(known, _)| known == name);
@@ -192,9 +207,7 @@ impl Engine {
     /// The names of all extended attributes.
     pub fn listxattr(&self, node: &Node) -> Result<Vec<Vec<u8>>> {
         match node {
-            Node::Live(object) => self
-                .backing
-                .list_xattr(self.backing.path_fd(&object.entry)?.as_fd()),
+            Node::Live(object) => self.backing.list_xattr(self.object_fd(object)?.as_fd()),
             Node::At(member) => Ok(self
                 .full_member(member)?
                 .xattrs
@@ -239,7 +252,7 @@ impl Engine {
         let Node::Live(object) = node else {
             return Err(Error::ReadOnly);
         };
-        let fd = self.backing.path_fd(&object.entry)?;
+        let fd = self.object_fd(object)?;
         self.change_attr(object, |op| {
             op.settle()?;
             change(fd.as_fd()) // I1

@@ -257,7 +257,7 @@ impl Engine {
         };
         match self.lookup(&parent, &line.name) {
             Ok(attr) => Ok(Some(attr)),
-            Err(error) if matches!(error.errno(), Errno::NOENT | Errno::XDEV) => Ok(None),
+            Err(error) if error.errno() == Errno::NOENT => Ok(None),
             Err(error) => Err(error),
         }
     }

@@ -179,7 +179,7 @@ impl Engine {
         }
     }
 
-    fn open_live(&self, object: &ObjectRef, flags: i32) -> Result<LiveFile> {
+    pub(super) fn open_live(&self, object: &ObjectRef, flags: i32) -> Result<LiveFile> {
         let fd = self.backing.open_object(&object.entry, access(flags))?;
         let file = LiveFile::new(object.clone(), fd, flags);
         if flags & libc::O_TRUNC != 0 {

@@ -170,7 +170,7 @@ impl<'a> Op<'a> {
         };
         // I2
         if !matches!(self.attr_kept(object, aim)?, Known::Yes(_)) {
-            let fd = self.engine.backing.path_fd(&object.entry)?;
+            let fd = self.engine.object_fd(object)?;
             let image = self.engine.backing.full_attr(fd.as_fd())?;
             self.append_attr(object, aim, &image)?;
         }
@@ -216,7 +216,7 @@ impl<'a> Op<'a> {
         if engine.store.entry_at(dir.ino(), name, aim.base)?.is_some() {
             return Ok(());
         }
-        let fd = engine.backing.path_fd(&dir.entry)?;
+        let fd = engine.object_fd(dir)?;
         let was = engine
             .backing
             .find(fd.as_fd(), name)?

@@ -24,9 +24,10 @@ use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
 use backing::Backing;
 use epoch::Epochs;
 use handle::Handles;
-use object::{Node, NodeId, Nodes, ObjectRef};
+use object::{Node, NodeId, Nodes, Object, ObjectRef};
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use snapshot::Cut;
+use snapshot::CutReport;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use upkeep::Upkeep;
@@ -58,7 +59,7 @@ pub type Flusher = Box<dyn Fn(&[NodeId]) -> Result<()> + Send + Sync>;
 /// `cut` and the tables come the locks of objects, taken in order of inode number by [`keep::Op`].
 pub struct Engine {
     /// Serialises cuts, deletions and renames of snapshots.
-    cut: Mutex<Cut>,
+    cut: Mutex<()>,
     /// Nodes by number, in shards; no other lock is taken under a shard's.
     pub nodes: Arc<Nodes>,
     epochs: Arc<Epochs>,
@@ -72,6 +73,8 @@ pub struct Engine {
     snapshot_dir: Vec<u8>,
     flusher: RwLock<Option<Flusher>>,
     upkeep: Upkeep,
+    /// What the last cut cost.
+    last_cut: Mutex<Option<CutReport>>,
     /// A cut is under way: operations measure how long they waited to begin.
     cutting: AtomicBool,
 }
@@ -98,7 +101,8 @@ impl Engine {
         }
         let epochs = Arc::new(Epochs::new(store.epoch()));
         let engine = Arc::new(Self {
-            cut: Mutex::new(Cut::default()),
+            cut: Mutex::new(()),
+            last_cut: Mutex::new(None),
             nodes: Nodes::new(root, epochs.clone()),
             epochs,
             guards: RwLock::new(Arc::from([])),
@@ -125,6 +129,19 @@ impl Engine {
     /// Installs what flushes shared mappings before a cut; `None` drops it.
     pub fn set_flusher(&self, flusher: Option<Flusher>) {
         *self.flusher.write() = flusher;
+    }
+
+    /// A descriptor of a live object for calls that need no more than `O_PATH`.
+    fn object_fd(&self, object: &Object) -> Result<Arc<OwnedFd>> {
+        if let Some(pin) = object.pin.lock().clone() {
+            return Ok(pin);
+        }
+        let fd = self.backing.path_fd(&object.entry)?;
+        // Removed meanwhile: what is cached now would keep its space from being freed.
+        if object.pin.lock().is_some() {
+            self.backing.drop_path(object.ino());
+        }
+        Ok(fd)
     }
 
     /// The backing directory.
@@ -168,10 +185,9 @@ impl Engine {
         }
     }
 
-    /// Stops the upkeep thread, carries the index to disk and marks the store clean.
+    /// Stops the upkeep thread, carries the index to disk and marks the store as closed in order.
     pub fn close(&self) -> Result<()> {
         self.upkeep.stop();
-        self.store.checkpoint()?;
-        self.store.sync()
+        self.store.close()
     }
 }

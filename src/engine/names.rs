@@ -13,7 +13,7 @@ use super::object::{Member, Node, Object, ObjectRef};
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
 use crate::store::EntryImage;
-use crate::sync::Ordering;
+use crate::sync::{Arc, Ordering};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -58,8 +58,7 @@ impl Engine {
         if self.is_hidden(dir.ino(), name) {
             return Ok(None);
         }
-        self.backing
-            .find(self.backing.path_fd(&dir.entry)?.as_fd(), name)
+        self.backing.find(self.object_fd(&dir)?.as_fd(), name)
     }
 
     fn lookup_member(&self, dir: &Member, name: &[u8]) -> Result<Attr> {
@@ -95,7 +94,7 @@ impl Engine {
     /// Makes a directory, special file or symlink; the kernel is told of it.
     pub fn make(&self, parent: &Node, name: &[u8], make: Make<'_>, caller: Caller) -> Result<Attr> {
         let dir = self.writable_dir(parent, name)?;
-        let fd = self.backing.path_fd(&dir.entry)?;
+        let fd = self.object_fd(&dir)?;
         let mut op = self.begin_new(&dir, name)?;
         {
             let _acting = ActingAs::new(caller);
@@ -120,7 +119,7 @@ impl Engine {
         caller: Caller,
     ) -> Result<(Attr, LiveFile)> {
         let dir = self.writable_dir(parent, name)?;
-        let fd = self.backing.path_fd(&dir.entry)?;
+        let fd = self.object_fd(&dir)?;
         let mut op = self.begin_new(&dir, name)?;
         let made = {
             let _acting = ActingAs::new(caller);
@@ -134,13 +133,10 @@ impl Engine {
             }
             Err(Error::Os(Errno::EXIST)) if flags & libc::O_EXCL == 0 => {
                 drop(op);
-                let attr = self.lookup_live(&dir, name)?;
                 let found = self.find_live(&dir, name)?.ok_or(Error::Os(Errno::NOENT))?;
                 let object = self.nodes.object(&found.entry, None);
-                match self.open_file(&Node::Live(object), flags)? {
-                    super::handle::OpenFile::Live(file) => Ok((attr, file)),
-                    super::handle::OpenFile::At(_) => Err(Error::ReadOnly),
-                }
+                let file = self.open_live(&object, flags)?;
+                Ok((self.tell(&object, found.attr), file))
             }
             Err(error) => Err(error),
         }
@@ -149,6 +145,7 @@ impl Engine {
     /// Begins an operation that gives `dir` a new name: its entry and attributes are kept and settled.
     fn begin_new<'a>(&'a self, dir: &'a Object, name: &[u8]) -> Result<Op<'a>> {
         let mut op = self.begin(&[dir]);
+        check_there(dir)?;
         op.keep_entry(dir, name)?;
         op.keep_attr(dir)?;
         op.settle()?; // I1: the caller makes the name after this
@@ -180,12 +177,11 @@ impl Engine {
             _ => return Err(Error::ReadOnly),
         };
         let dir = self.writable_dir(parent, name)?;
-        let dir_fd = self.backing.path_fd(&dir.entry)?;
-        let fd = self.backing.path_fd(&object.entry)?;
+        let dir_fd = self.object_fd(&dir)?;
+        let fd = self.object_fd(object)?;
         let mut op = self.begin(&[&dir, object]);
-        if object.retained.load(Ordering::SeqCst) {
-            return Err(Errno::NOENT.into());
-        }
+        check_there(&dir)?;
+        check_there(object)?;
         op.keep_entry(&dir, name)?;
         op.keep_attr(&dir)?;
         op.keep_attr(object)?;
@@ -200,7 +196,7 @@ impl Engine {
     /// unlink(2), or rmdir(2) when `directory`.
     pub fn remove(&self, parent: &Node, name: &[u8], directory: bool) -> Result<()> {
         let dir = self.writable_dir(parent, name)?;
-        let dir_fd = self.backing.path_fd(&dir.entry)?;
+        let dir_fd = self.object_fd(&dir)?;
         loop {
             let found = self
                 .find_live(&dir, name)?
@@ -224,13 +220,16 @@ impl Engine {
             op.keep_attr(&dir)?;
             op.keep_attr(&child)?;
             let retain = self.last_name(&child, directory)? && op.retain(&child, None)?;
-            op.settle()?;
             if retain {
-                self.backing.retain(dir_fd.as_fd(), name, child.ino())?; // I1
+                let done = op
+                    .settle()
+                    .and_then(|()| self.backing.retain(dir_fd.as_fd(), name, child.ino()));
+                done.map_err(|error| self.unretain(&child, error))?;
                 child.retained.store(true, Ordering::SeqCst);
             } else {
+                op.settle()?;
                 self.pin_if_last(&child, directory)?;
-                self.backing.remove(dir_fd.as_fd(), name, directory)?; // I1
+                self.backing.remove(dir_fd.as_fd(), name, directory)?;
             }
             return Ok(());
         }
@@ -267,19 +266,15 @@ impl Engine {
 
     /// Whether the name about to go is the only one.
     fn last_name(&self, object: &Object, directory: bool) -> Result<bool> {
-        Ok(directory
-            || self
-                .backing
-                .stat(self.backing.path_fd(&object.entry)?.as_fd())?
-                .nlink
-                <= 1)
+        Ok(directory || self.backing.stat(self.object_fd(object)?.as_fd())?.nlink <= 1)
     }
 
     /// Keeps the inode of an object whose last name goes, so that its number is not reused while the kernel
     /// or an open file still refers to it.
     fn pin_if_last(&self, object: &Object, directory: bool) -> Result<()> {
         if self.last_name(object, directory)? {
-            *object.pin.lock() = Some(self.backing.open_object(&object.entry, OFlags::PATH)?);
+            let pin = self.backing.open_object(&object.entry, OFlags::PATH)?;
+            *object.pin.lock() = Some(Arc::new(pin));
         }
         self.backing.drop_path(object.ino());
         Ok(())
@@ -332,6 +327,7 @@ impl Engine {
         let mut objects: Vec<&Object> = vec![at.from_dir, at.to_dir, moved];
         objects.extend(target.map(|target| &**target));
         let mut op = self.begin(&objects);
+        check_there(at.to_dir)?;
         let target_holds = match target {
             Some(target) => self.means(at.to_dir, at.to, target)?,
             None => self.find_live(at.to_dir, at.to)?.is_none(),
@@ -371,8 +367,8 @@ impl Engine {
     }
 
     fn move_name(&self, at: &Places<'_>, flags: RenameFlags) -> Result<()> {
-        let from = self.backing.path_fd(&at.from_dir.entry)?;
-        let to = self.backing.path_fd(&at.to_dir.entry)?;
+        let from = self.object_fd(at.from_dir)?;
+        let to = self.object_fd(at.to_dir)?;
         self.backing
             .rename((from.as_fd(), at.from), (to.as_fd(), at.to), flags)
     }
@@ -384,26 +380,47 @@ impl Engine {
         let directory = target.is_dir();
         let origin = directory.then_some((at.from_dir, at.from));
         let retain = self.last_name(target, directory)? && op.retain(target, origin)?;
-        op.settle()?; // I1: nothing of the directory changes before this
         if !retain {
+            op.settle()?;
             self.pin_if_last(target, directory)?;
             return self.move_name(at, RenameFlags::empty());
         }
-        if directory {
-            self.move_name(at, RenameFlags::EXCHANGE)?;
-            let from = self.backing.path_fd(&at.from_dir.entry)?;
-            self.backing.retain(from.as_fd(), at.from, target.ino())?;
-        } else {
-            let fd = self.backing.path_fd(&target.entry)?;
-            self.backing.retain_link(fd.as_fd(), target.ino())?;
-            if let Err(error) = self.move_name(at, RenameFlags::empty()) {
-                self.backing.release_retained(target.ino(), false)?;
-                self.store.forget_retained(target.ino())?;
-                return Err(error);
-            }
-        }
+        let done = op.settle().and_then(|()| match directory {
+            true => self.replace_directory(at, target),
+            false => self.replace_file(at, target),
+        });
+        done.map_err(|error| self.unretain(target, error))?;
         target.retained.store(true, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn replace_directory(&self, at: &Places<'_>, target: &Object) -> Result<()> {
+        self.move_name(at, RenameFlags::EXCHANGE)?;
+        let from = self.object_fd(at.from_dir)?;
+        let moved = self.backing.retain(from.as_fd(), at.from, target.ino());
+        if moved.is_err() {
+            self.move_name(at, RenameFlags::EXCHANGE)?;
+        }
+        moved
+    }
+
+    fn replace_file(&self, at: &Places<'_>, target: &Object) -> Result<()> {
+        let fd = self.object_fd(target)?;
+        self.backing.retain_link(fd.as_fd(), target.ino())?;
+        let moved = self.move_name(at, RenameFlags::empty());
+        if moved.is_err() {
+            self.backing.release_retained(target.ino(), false)?;
+        }
+        moved
+    }
+
+    /// Takes the record of a retained object back, which is none because of `error`: left behind, recovery
+    /// would one day act on it.
+    fn unretain(&self, object: &Object, error: Error) -> Error {
+        if let Err(second) = self.store.forget_retained(object.ino()) {
+            log::error!("a retained object cannot be forgotten: {second}");
+        }
+        error
     }
 
     /// The live directory `parent`, if `name` in it is one that may be changed.
@@ -411,9 +428,6 @@ impl Engine {
         let Node::Live(dir) = parent else {
             return Err(Error::ReadOnly);
         };
-        if dir.retained.load(Ordering::SeqCst) {
-            return Err(Errno::NOENT.into());
-        }
         match name {
             b"" | b"." | b".." => Err(Errno::INVAL.into()),
             _ if name.contains(&b'/') => Err(Errno::INVAL.into()),
@@ -430,6 +444,15 @@ struct Places<'a> {
     from: &'a [u8],
     to_dir: &'a Object,
     to: &'a [u8],
+}
+
+/// Refuses new names for, and in, an object whose last name is gone. Asked under its lock.
+fn check_there(object: &Object) -> Result<()> {
+    if object.retained.load(Ordering::SeqCst) {
+        Err(Errno::NOENT.into())
+    } else {
+        Ok(())
+    }
 }
 
 /// rename(2): a directory replaces only a directory, and nothing else replaces one.

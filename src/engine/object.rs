@@ -57,6 +57,11 @@ pub fn folder_node(dir: NodeId) -> NodeId {
     FOLDER_BIT | dir
 }
 
+/// A node that stands for what a listing names and nobody can reach: no request finds it.
+pub fn unreachable_node(ino: u64) -> NodeId {
+    SNAPSHOT_BIT | FOLDER_BIT | (ino & (FOLDER_BIT - 1))
+}
+
 /// What of an object has been kept in the current epoch; guarded by the object's lock.
 ///
 /// It answers "is there a pre-image labelled `base` or later?" without a look into the index. It is only a
@@ -138,7 +143,7 @@ pub struct Object {
     /// Its last name was moved to `retained/`: that link is not a name of the live tree.
     pub retained: AtomicBool,
     /// Holds the inode of a removed object, so that its number is not reused while the kernel knows it.
-    pub pin: Mutex<Option<OwnedFd>>,
+    pub pin: Mutex<Option<Arc<OwnedFd>>>,
 }
 
 impl Object {
@@ -367,10 +372,12 @@ impl Nodes {
         let mut shard = self.shard(node).lock();
         let gone = match shard.get_mut(&node) {
             Some(Slot::Live(object)) => {
-                let before = object.lookups.load(Ordering::SeqCst);
-                object
+                // `told` counts up without the shard's lock: nothing of that may be lost.
+                let less = |known: u64| Some(known.saturating_sub(count));
+                let before = object
                     .lookups
-                    .store(before.saturating_sub(count), Ordering::SeqCst);
+                    .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less)
+                    .unwrap_or(0);
                 before <= count && object.uses.load(Ordering::SeqCst) == 0
             }
             Some(Slot::At { lookups, .. } | Slot::Folder { lookups, .. }) => {

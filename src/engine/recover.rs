@@ -6,6 +6,7 @@ use super::backing::Backing;
 use crate::error::{Error, Result};
 use crate::store::{EntryImage, Retained, Store};
 use rustix::fd::AsFd;
+use rustix::fs::OFlags;
 use std::path::Path;
 
 /// Checks that the directory and the store belong together, and notes that they do the first time.
@@ -78,10 +79,18 @@ fn finish_exchange(engine: &Engine, record: &Retained) -> Result<bool> {
         return Ok(false);
     };
     match engine.backing.find(fd.as_fd(), name)? {
-        Some(found) if found.entry.handle == record.handle => {
+        // What is replaced is empty; anything else is not what the record was about.
+        Some(found) if found.entry.handle == record.handle && is_empty(engine, &found.entry)? => {
             engine.backing.retain(fd.as_fd(), name, record.ino)?;
             Ok(true)
         }
         _ => Ok(false),
     }
+}
+
+fn is_empty(engine: &Engine, dir: &EntryImage) -> Result<bool> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    engine
+        .backing
+        .is_empty(&engine.backing.open_object(dir, flags)?)
 }

@@ -2,7 +2,6 @@
 
 use super::Engine;
 use super::attr::Attr;
-use super::backing::HIDDEN;
 use super::object::{Object, ObjectRef, folder_node};
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
@@ -10,12 +9,6 @@ use crate::store::{AttrImage, SnapshotInfo, SnapshotState, Timestamp};
 use crate::sync::{Arc, Ordering};
 use rustix::io::Errno;
 use std::time::{Duration, Instant};
-
-/// What the lock of cuts guards.
-#[derive(Default)]
-pub struct Cut {
-    last: Option<CutReport>,
-}
 
 /// What the last cut cost.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +73,7 @@ impl Engine {
     ) -> Result<Epoch> {
         check_name(name)?;
         let start = Instant::now();
-        let mut cut = self.cut.lock();
+        let _cut = self.cut.lock();
         if self.snapshots.named(name).is_some() {
             return Err(Error::SnapshotExists(shown(name)));
         }
@@ -94,7 +87,7 @@ impl Engine {
         let done = self.advance(name, early, meanwhile);
         self.cutting.store(false, Ordering::SeqCst);
         let (epoch, quiesce) = done?;
-        cut.last = Some(CutReport {
+        *self.last_cut.lock() = Some(CutReport {
             name: name.to_vec(),
             total: start.elapsed(),
             flush,
@@ -166,16 +159,26 @@ impl Engine {
             .snapshots
             .named(name)
             .ok_or_else(|| Error::SnapshotMissing(shown(name)))?;
+        // From here on nobody new reads it, and those who do are waited for before anything is freed.
         snapshot.seal()?;
-        if let Err(error) = self.store.delete_snapshot(snapshot.info.epoch) {
-            snapshot.unseal();
-            return Err(error);
+        self.snapshots.dies(&snapshot);
+        let deleted = self.store.delete_snapshot(snapshot.info.epoch);
+        if let Err(error) = &deleted {
+            let known = self.store.snapshots();
+            let gone = known.iter().any(|info| {
+                info.epoch == snapshot.info.epoch && info.state == SnapshotState::Deleting
+            });
+            if !gone {
+                snapshot.unseal();
+                return deleted.map(drop);
+            }
+            log::error!("snapshot deleted, but not durably: {error}");
         }
         self.snapshots.remove(snapshot.info.epoch);
         self.snapshots.touch();
         self.refresh_guards(None);
         self.upkeep.kick();
-        Ok(())
+        deleted.map(drop)
     }
 
     /// Renames a snapshot. A name that exists is not replaced.
@@ -205,7 +208,7 @@ impl Engine {
 
     /// What the last cut of this mount cost.
     pub fn last_cut(&self) -> Option<CutReport> {
-        self.cut.lock().last.clone()
+        self.last_cut.lock().clone()
     }
 
     // ---- the snapshot folder
@@ -227,9 +230,6 @@ impl Engine {
     /// What `name` means in the snapshot folder of `dir`; the kernel is told of it.
     pub(super) fn lookup_folder(&self, dir: &ObjectRef, name: &[u8]) -> Result<Attr> {
         let missing = || Error::Os(Errno::NOENT);
-        if name == HIDDEN {
-            return Err(missing());
-        }
         let snapshot = self.snapshots.named(name).ok_or_else(missing)?;
         let birth = self.store.birth(dir.ino())?.unwrap_or(Epoch(0));
         if snapshot.info.epoch <= birth {

@@ -110,7 +110,9 @@ impl Engine {
             // Still open, or known to the kernel: its number must not be reused yet.
             let mut pin = object.pin.lock();
             if pin.is_none() {
-                *pin = Some(self.backing.open_object(&object.entry, OFlags::PATH)?);
+                *pin = Some(Arc::new(
+                    self.backing.open_object(&object.entry, OFlags::PATH)?,
+                ));
             }
         }
         // After the loss of an index the record may be of an earlier object of that number.

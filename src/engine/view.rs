@@ -104,8 +104,12 @@ impl Snapshots {
         let mut table = self.table.write();
         if let Some(old) = table.by_epoch.remove(&epoch) {
             table.by_name.remove(&old.info.name);
-            self.dying.lock().push(old.users.clone());
         }
+    }
+
+    /// Notes that a sealed snapshot is about to be deleted: its readers are to be waited for.
+    pub(super) fn dies(&self, snapshot: &Snapshot) {
+        self.dying.lock().push(snapshot.users.clone());
     }
 
     pub(super) fn epochs(&self) -> Vec<Epoch> {

@@ -7,7 +7,7 @@
 
 use crate::engine::object::NodeId;
 use crate::error::{Error, Result};
-use crate::sync::Mutex;
+use crate::sync::{Arc, AtomicU32, Mutex, Ordering};
 use crate::sys;
 use rustix::fd::AsFd;
 use rustix::fs::{Mode, OFlags};
@@ -27,14 +27,65 @@ const FUSE_MAGIC: u64 = 0x6573_5546;
 
 /// The daemon's end.
 pub(super) struct FlushHelper {
-    pipes: Mutex<(Child, ChildStdin, ChildStdout)>,
     mountpoint: PathBuf,
-    pid: u32,
+    pipes: Mutex<Pipes>,
+    /// The helper's process: its requests are not a user's.
+    pid: Arc<AtomicU32>,
+}
+
+struct Pipes {
+    child: Child,
+    orders: ChildStdin,
+    answers: ChildStdout,
 }
 
 impl FlushHelper {
-    /// Starts the helper for a mount.
+    /// Starts the helper for a mount. To be called before the mount is made: the program itself may lie in
+    /// the directory that is mounted over, and nobody answers for it there yet.
     pub(super) fn start(mountpoint: &Path) -> Result<Self> {
+        let pipes = Pipes::start(mountpoint)?;
+        Ok(Self {
+            mountpoint: mountpoint.to_path_buf(),
+            pid: Arc::new(AtomicU32::new(pipes.child.id())),
+            pipes: Mutex::new(pipes),
+        })
+    }
+
+    /// Where the number of the helper's process stands.
+    pub(super) fn pid(&self) -> Arc<AtomicU32> {
+        self.pid.clone()
+    }
+
+    /// Returns when every page of `nodes` that was dirty when it was called has reached cowfs.
+    ///
+    /// # Errors
+    /// `EIO` when a page could not be written, or there is no helper to be had: the cut fails rather than
+    /// miss a store.
+    pub(super) fn flush(&self, nodes: &[NodeId]) -> Result<()> {
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        let mut pipes = self.pipes.lock();
+        let answer = pipes.order(nodes).or_else(|error| {
+            log::warn!(
+                "{}: the flush helper is gone ({error}); starting another",
+                self.mountpoint.display()
+            );
+            *pipes = Pipes::start(&self.mountpoint)?;
+            self.pid.store(pipes.child.id(), Ordering::SeqCst);
+            pipes
+                .order(nodes)
+                .map_err(|e| Error::io("the flush helper failed", &self.mountpoint, &e))
+        })?;
+        match answer {
+            0 => Ok(()),
+            errno => Err(Errno::from_raw_os_error(errno).into()),
+        }
+    }
+}
+
+impl Pipes {
+    fn start(mountpoint: &Path) -> Result<Self> {
         let failed = |e: std::io::Error| Error::io("cannot start the flush helper", mountpoint, &e);
         let program = std::env::current_exe().map_err(failed)?;
         let mut child = Command::new(program)
@@ -45,64 +96,35 @@ impl FlushHelper {
             .spawn()
             .map_err(failed)?;
         match (child.stdin.take(), child.stdout.take()) {
-            (Some(stdin), Some(stdout)) => {
-                let pid = child.id();
-                let pipes = Mutex::new((child, stdin, stdout));
-                Ok(Self {
-                    pipes,
-                    mountpoint: mountpoint.to_path_buf(),
-                    pid,
-                })
-            }
+            (Some(orders), Some(answers)) => Ok(Self {
+                child,
+                orders,
+                answers,
+            }),
             _ => Err(failed(std::io::ErrorKind::BrokenPipe.into())),
         }
     }
 
-    /// The helper's process: its requests are not a user's.
-    pub(super) fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    /// Returns when every page of `nodes` that was dirty when it was called has reached cowfs.
-    ///
-    /// # Errors
-    /// `EIO` when a page could not be written, or the helper is gone: the cut fails rather than miss a store.
-    pub(super) fn flush(&self, nodes: &[NodeId]) -> Result<()> {
-        if nodes.is_empty() {
-            return Ok(());
-        }
+    /// Sends a list of nodes and waits for the errno that answers it.
+    fn order(&mut self, nodes: &[NodeId]) -> std::io::Result<i32> {
         let mut order = (nodes.len() as u64).to_le_bytes().to_vec();
         order.extend(nodes.iter().flat_map(|node| node.to_le_bytes()));
-        let mut pipes = self.pipes.lock();
+        self.orders.write_all(&order)?;
         let mut answer = [0; 4];
-        let asked = pipes
-            .1
-            .write_all(&order)
-            .and_then(|()| pipes.2.read_exact(&mut answer));
-        if let Err(error) = asked {
-            log::error!(
-                "{}: the flush helper is gone: {error}",
-                self.mountpoint.display()
-            );
-            return Err(Errno::IO.into());
-        }
-        match i32::from_le_bytes(answer) {
-            0 => Ok(()),
-            errno => Err(Errno::from_raw_os_error(errno).into()),
-        }
+        self.answers.read_exact(&mut answer)?;
+        Ok(i32::from_le_bytes(answer))
     }
 }
 
-impl Drop for FlushHelper {
+impl Drop for Pipes {
     fn drop(&mut self) {
-        let (child, ..) = self.pipes.get_mut();
         // Between two orders it ends at once. One that hangs with a dead mount must not make the daemon hang
         // too: it gets a moment, and ends when the mount does.
-        if let Err(error) = child.kill() {
+        if let Err(error) = self.child.kill() {
             log::debug!("flush helper: {error}");
         }
         let deadline = Instant::now() + Duration::from_secs(1);
-        while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -147,6 +169,7 @@ fn write_back(mountpoint: &Path, nodes: &[NodeId]) -> Result<(), Errno> {
         // Hidden beneath another mount: its pages cannot be asked for.
         return Err(Errno::BUSY);
     }
+    let tells = pages_tell_of_requests();
     for node in nodes {
         // The kernel's own handle of an inode (fuse_encode_fh of fs/fuse/inode.c): number, generation.
         let (high, low) = ((node >> 32) as u32, *node as u32);
@@ -162,7 +185,7 @@ fn write_back(mountpoint: &Path, nodes: &[NodeId]) -> Result<(), Errno> {
             Err(Errno::STALE | Errno::NOENT) => continue,
             Err(errno) => return Err(errno),
         };
-        if sys::has_unwritten_pages(file.as_fd()) {
+        if !tells || sys::has_unwritten_pages(file.as_fd()) {
             // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which
             // waits for the requests themselves, as sync_file_range does not on kernels before 6.16.
             sys::start_write_back(file.as_fd())?;
@@ -170,4 +193,16 @@ fn write_back(mountpoint: &Path, nodes: &[NodeId]) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+/// Whether a page counts as being written back until cowfs has answered for it. Before Linux 6.16 FUSE wrote a
+/// copy, and the page counted as clean while the request was still on its way.
+fn pages_tell_of_requests() -> bool {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
+    let version = (numbers.next(), numbers.next());
+    matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6, 16))
 }

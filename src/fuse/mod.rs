@@ -17,9 +17,9 @@ use crate::engine::attr::{Attr, SetAttr};
 use crate::engine::dir::Line;
 use crate::engine::handle::{LiveFile, OpenDir, OpenFile};
 use crate::engine::names::Make;
-use crate::engine::object::{Node, ROOT_NODE, folder_node};
+use crate::engine::object::{Node, ROOT_NODE, folder_node, unreachable_node};
 use crate::error::{Error, Result};
-use crate::sync::Arc;
+use crate::sync::{Arc, AtomicU32, Ordering};
 use convert::{caller, decode_dev, errno, file_attr, file_type, set_time};
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
@@ -58,7 +58,7 @@ struct Adapter {
     /// Cuts, one after the other, so that those that wait for one hold up nothing else.
     cuts: Pool,
     /// The process that flushes shared mappings: its opens and syncs concern the kernel's pages alone.
-    helper_pid: u32,
+    helper_pid: Arc<AtomicU32>,
 }
 
 /// The handle that the flush helper gets: it stands for no open file.
@@ -75,7 +75,7 @@ macro_rules! answer {
 }
 
 impl Adapter {
-    fn new(engine: Arc<Engine>, config: MountConfig, helper_pid: u32) -> Result<Self> {
+    fn new(engine: Arc<Engine>, config: MountConfig, helper_pid: Arc<AtomicU32>) -> Result<Self> {
         Ok(Self {
             engine,
             config,
@@ -439,7 +439,7 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if req.pid() == self.helper_pid {
+        if req.pid() == self.helper_pid.load(Ordering::Relaxed) {
             return reply.opened(HELPER_HANDLE, FopenFlags::FOPEN_KEEP_CACHE);
         }
         let opened = self
@@ -645,22 +645,27 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let value = self
-            .node(ino)
-            .and_then(|node| match self.hidden_xattr(&node, name)? {
-                Some(value) => Ok(value),
-                None => self.engine.getxattr(&node, name.as_bytes()),
-            });
-        reply_xattr(reply, value, size);
+        let node = match self.node(ino) {
+            Ok(node) => node,
+            Err(error) => return reply.error(errno(&error)),
+        };
+        if let Some(hidden) = self.hidden_xattr(&node, name) {
+            // It may have to look through much of the store.
+            return self.reading.run(move || reply_xattr(reply, hidden(), size));
+        }
+        reply_xattr(reply, self.engine.getxattr(&node, name.as_bytes()), size);
     }
 
-    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let names = self
             .node(ino)
             .and_then(|node| self.engine.listxattr(&node))
             .map(|names| {
+                // Only root sees these (xattr(7)).
+                let shown = |name: &Vec<u8>| req.uid() == 0 || !name.starts_with(b"trusted.");
                 names
                     .into_iter()
+                    .filter(shown)
                     .flat_map(|name| name.into_iter().chain([0]))
                     .collect::<Vec<u8>>()
             });
@@ -770,8 +775,23 @@ impl Adapter {
                 Generation(0),
             ));
         }
-        let Some(attr) = self.engine.look_up_line(dir, line)? else {
-            return Ok(true);
+        let attr = match self.engine.look_up_line(dir, line) {
+            Ok(Some(attr)) => attr,
+            Ok(None) => return Ok(true),
+            Err(error) => {
+                // Listed all the same; who asks for it gets the error.
+                log::debug!("{name:?} in a listing: {error}");
+                let node = unreachable_node(line.ino);
+                let attr = file_attr(&Attr::of_kind(node, line.kind), node);
+                return Ok(!reply.add(
+                    INodeNo(node),
+                    line.next,
+                    name,
+                    &Duration::ZERO,
+                    &attr,
+                    Generation(0),
+                ));
+            }
         };
         let ttl = if matches!(dir, OpenDir::Folder(_)) {
             Duration::ZERO

@@ -42,8 +42,9 @@ pub fn serve(config: MountConfig, ready: impl FnOnce() + Send) -> Result<()> {
     // Before the signals can come, so that one during the mount still unmounts.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
         .map_err(|e| Error::io("cannot listen for signals", &config.mountpoint, &e))?;
+    let helper = FlushHelper::start(&config.mountpoint)?;
     mount_device(&config, &device)?;
-    let served = run(&config, device, engine.clone(), signals, ready);
+    let served = run(&config, device, engine.clone(), helper, signals, ready);
     if served.is_err() {
         detach(&config.mountpoint);
     }
@@ -56,11 +57,11 @@ fn run(
     config: &MountConfig,
     device: OwnedFd,
     engine: Arc<Engine>,
+    helper: FlushHelper,
     mut signals: Signals,
     ready: impl FnOnce() + Send,
 ) -> Result<()> {
     let failed = |e: std::io::Error| Error::io("the FUSE session failed", &config.mountpoint, &e);
-    let helper = FlushHelper::start(&config.mountpoint)?;
     let helper_pid = helper.pid();
     engine.set_flusher(Some(Box::new(move |nodes| helper.flush(nodes))));
     let mut options = Config::default();

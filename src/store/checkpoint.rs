@@ -19,10 +19,16 @@ impl Store {
     }
 
     pub(super) fn checkpoint_in(&self, upkeep: &mut Upkeep, clean: bool) -> Result<()> {
-        // One may be left over from a checkpoint that failed.
-        if self.layers.frozen().is_none() {
-            self.journal.at_checkpoint(|lsn| self.layers.freeze(lsn));
+        // One may be left over from a checkpoint that failed. It goes first, and then what came after it:
+        // when this returns, nothing of before the call is in memory only, and callers rely on that.
+        if self.layers.frozen().is_some() {
+            self.carry_frozen(upkeep, false)?;
         }
+        self.journal.at_checkpoint(|lsn| self.layers.freeze(lsn));
+        self.carry_frozen(upkeep, clean)
+    }
+
+    fn carry_frozen(&self, upkeep: &mut Upkeep, clean: bool) -> Result<()> {
         // The index must not be ahead of the journal after a power cut: this comes before the sync.
         let (table, home) = self.snapshots.for_index();
         self.journal.sync()?;
@@ -75,7 +81,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::checkpoint`]; nothing is lost then either.
-    pub fn close(self) -> Result<()> {
+    pub fn close(&self) -> Result<()> {
         let mut upkeep = self.upkeep.lock();
         self.checkpoint_in(&mut upkeep, false)?;
         self.checkpoint_in(&mut upkeep, true)

@@ -324,10 +324,11 @@ impl Store {
                 .get(&key)?
                 .is_some_and(|current| current == value);
             if current && table.is_dead(retained.birth, retained.removed) {
-                if !gone {
-                    release(&retained)?;
+                // One that cannot be released keeps its record and does not keep the others.
+                match if gone { Ok(()) } else { release(&retained) } {
+                    Ok(()) => dead.push((key, value)),
+                    Err(error) => log::error!("retained object {}: {error}", retained.ino),
                 }
-                dead.push((key, value));
             }
         }
         self.forget(dead)?;

@@ -1,0 +1,223 @@
+//! What goes wrong beside cowfs must not go wrong in it: operations that fail half-way, a helper that dies,
+//! users that ask at the worst moment. Each case was a bug.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use support::{Mount, cowfs_bin, mount_type, run};
+
+const LIMIT: Duration = Duration::from_secs(90);
+
+fn tool(name: &str, args: &[&str], path: &Path) {
+    run(Command::new(name).args(args).arg(path), LIMIT).success(name);
+}
+
+fn open_rw(path: &Path) -> File {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .unwrap()
+}
+
+/// A replacement that fails leaves no record that a later mount would act on.
+#[test]
+fn a_failed_replacement_leaves_nothing_behind() {
+    let mount = Mount::new("replacement", LIMIT);
+    let at = |name: &str| mount.mnt.join(name);
+    for (one, other) in [("A", "B"), ("E", "F")] {
+        fs::create_dir(at(one)).unwrap();
+        fs::create_dir(at(other)).unwrap();
+    }
+    fs::write(at("x"), "x").unwrap();
+    fs::write(at("y"), "y").unwrap();
+    fs::write(at("z"), "z").unwrap();
+    mount.snapshot("k");
+    for name in ["B", "y", "z"] {
+        tool("chattr", &["+i"], &mount.backing.join(name));
+    }
+    assert!(fs::rename(at("A"), at("B")).is_err());
+    assert!(fs::rename(at("x"), at("y")).is_err());
+    assert!(fs::remove_file(at("z")).is_err());
+    for name in ["B", "y", "z"] {
+        tool("chattr", &["-i"], &mount.backing.join(name));
+    }
+    let retained = || {
+        fs::read_dir(mount.backing.join(".cowfs/retained"))
+            .unwrap()
+            .count()
+    };
+    assert_eq!(retained(), 0);
+    // Now the directory that was to be replaced comes to stand where its successor stood.
+    fs::rename(at("A"), at("C")).unwrap();
+    fs::rename(at("B"), at("A")).unwrap();
+    fs::write(at("A/file"), "precious").unwrap();
+    mount.remount();
+    assert_eq!(fs::read(at("A/file")).unwrap(), b"precious");
+    assert_eq!(fs::read(at("y")).unwrap(), b"y");
+    assert_eq!(retained(), 0);
+    let seen = mount.snapshot_path("k");
+    assert!(seen.join("B").is_dir() && !seen.join("C").exists());
+}
+
+/// The space of a removed file is free once it is closed, whatever was asked of it in between.
+#[test]
+fn a_removed_file_gives_its_space_back() {
+    let mount = Mount::on_own_disk("space", LIMIT, 400);
+    let used = || {
+        run(&mut Command::new("sync"), LIMIT).success("sync");
+        let st = rustix::fs::statvfs(&mount.backing).unwrap();
+        (st.f_blocks - st.f_bfree) * st.f_frsize >> 20
+    };
+    let before = used();
+    let path = mount.mnt.join("big");
+    let file = open_rw(&path);
+    fs::remove_file(&path).unwrap();
+    assert_eq!(file.metadata().unwrap().nlink(), 0);
+    for at in 0..100 {
+        file.write_all_at(&vec![at as u8; 1 << 20], at << 20)
+            .unwrap();
+    }
+    file.sync_all().unwrap();
+    rustix::fs::fsetxattr(&file, "user.x", b"1", XattrFlags::empty()).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 100 << 20);
+    assert!(used() >= before + 95);
+    drop(file);
+    for _ in 0..100 {
+        if used() < before + 5 {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("{} MiB used, {before} before", used());
+}
+
+/// Anybody may ask for the status, and nobody can stop the mount with it.
+#[test]
+fn status_is_told_during_cuts() {
+    let mount = Mount::new("asked", LIMIT);
+    let files: Vec<File> = (0..20)
+        .map(|n| open_rw(&mount.mnt.join(format!("x{n}"))))
+        .collect();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let mut json = Vec::with_capacity(64 << 10);
+                    let into = rustix::buffer::spare_capacity(&mut json);
+                    rustix::fs::getxattr(&mount.mnt, "user.cowfs.status", into).unwrap();
+                    assert!(json.starts_with(b"{"));
+                }
+            });
+        }
+        for n in 0..30 {
+            for file in &files {
+                file.write_all_at(&[n], 0).unwrap();
+            }
+            mount.snapshot(&format!("s{n}"));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// The program may lie in the very directory that is mounted over itself.
+#[test]
+fn the_program_itself_may_be_beneath_the_mount() {
+    let mount = Mount::new("beneath", LIMIT);
+    let dir = mount.root.join("dir");
+    fs::create_dir_all(dir.join("bin")).unwrap();
+    let program = dir.join("bin/cowfs-beneath");
+    fs::copy(cowfs_bin(), &program).unwrap();
+    run(Command::new(&program).arg("mount").arg(&dir), LIMIT).success("mount");
+    let kind = mount_type(&dir);
+    let _open = open_rw(&dir.join("f"));
+    let made = fs::create_dir(dir.join(".snapshots/s"));
+    drop(_open);
+    run(Command::new(cowfs_bin()).arg("umount").arg(&dir), LIMIT).success("umount");
+    made.unwrap();
+    assert_eq!(kind.as_deref(), Some("fuse.cowfs"));
+}
+
+/// A helper that dies is replaced: cuts go on, and miss no store.
+#[test]
+fn a_dead_flush_helper_is_replaced() {
+    let mount = Mount::new("helper", LIMIT);
+    let file = open_rw(&mount.mnt.join("f"));
+    file.set_len(4096).unwrap();
+    mount.snapshot("a");
+    let pattern = format!("flush-helper {}", mount.mnt.display());
+    let killed = run(Command::new("pkill").args(["-9", "-f", &pattern]), LIMIT);
+    killed.success("pkill");
+    file.write_all_at(b"b", 0).unwrap();
+    let snapshot = mount.snapshot("b");
+    assert_eq!(fs::read(snapshot.join("f")).unwrap()[0], b'b');
+}
+
+/// Names of the store's own mean nothing special among snapshots.
+#[test]
+fn a_snapshot_may_have_any_name() {
+    let mount = Mount::new("anyname", LIMIT);
+    for name in [".cowfs", ".snapshots", "-rf", "new\nline"] {
+        let path = mount.snapshot(name);
+        assert!(path.is_dir(), "{name:?}");
+        fs::remove_dir(&path).unwrap();
+    }
+}
+
+/// Attributes of the namespace trusted.* are root's business alone (xattr(7)).
+#[test]
+fn trusted_attributes_are_not_listed_to_others() {
+    let mount = Mount::new("listed", LIMIT);
+    let path = mount.mnt.join("f");
+    fs::write(&path, "").unwrap();
+    rustix::fs::setxattr(&path, "trusted.secret", b"1", XattrFlags::empty()).unwrap();
+    rustix::fs::setxattr(&path, "user.open", b"1", XattrFlags::empty()).unwrap();
+    let list = |uid: u32| {
+        let mut command = Command::new("getfattr");
+        command.args(["-d", "-m", "-"]).arg(&path).uid(uid).gid(uid);
+        run(&mut command, LIMIT).success("getfattr").stdout
+    };
+    for dir in mount.mnt.ancestors() {
+        let _ = fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755));
+    }
+    assert!(list(0).contains("trusted.secret"));
+    let others = list(65534);
+    assert!(
+        others.contains("user.open") && !others.contains("trusted"),
+        "{others}"
+    );
+}
+
+/// A hole of terabytes costs nothing to read from a snapshot, and stays a hole there.
+#[test]
+fn a_sparse_file_of_terabytes_is_kept() {
+    let mount = Mount::new("sparse", LIMIT);
+    let path = mount.mnt.join("f");
+    let file = open_rw(&path);
+    let size = 8 << 40;
+    file.set_len(size).unwrap();
+    file.write_all_at(b"end", size - 3).unwrap();
+    let snapshot = mount.snapshot("s");
+    file.write_all_at(b"middle", size / 2).unwrap();
+    let flags = OFlags::RDONLY;
+    let old = rustix::fs::openat(CWD, snapshot.join("f"), flags, Mode::empty()).unwrap();
+    let data = rustix::fs::seek(&old, rustix::fs::SeekFrom::Data(0)).unwrap();
+    assert_eq!(data / 4096, (size - 3) / 4096);
+    let mut buf = [1; 6];
+    File::from(old).read_exact_at(&mut buf, size / 2).unwrap();
+    assert_eq!(buf, [0; 6]);
+    fs::remove_file(&path).unwrap();
+    assert_eq!(fs::metadata(snapshot.join("f")).unwrap().len(), size);
+}
