@@ -40,7 +40,7 @@ fn every_snapshot_is_an_exact_cut() {
 
 #[test]
 fn a_snapshot_stands_still_once_its_creation_returned() {
-    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / 3;
+    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / 2;
     let mount = Mount::new("still", time + Duration::from_secs(60));
     let (cuts, changed) = stands_still(&mount.mnt, time);
     println!("{cuts} snapshots stood still from the moment of their creation");

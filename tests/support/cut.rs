@@ -1376,7 +1376,7 @@ pub(crate) fn exact_cut(root: &Path, method: &Method, time: Duration, seed: u64)
 ///
 /// [`exact_cut`] looks at all there is, which takes too long to see an operation that comes a millisecond late.
 pub(crate) fn stands_still(mnt: &Path, time: Duration) -> (usize, Vec<String>) {
-    const FILES: usize = 4;
+    const FILES: usize = 8;
     let name = |file: usize| format!("still-{file}");
     let direct = i32::try_from(OFlags::DIRECT.bits()).unwrap();
     let look = |view: &Path, file: usize| -> io::Result<u64> {
