@@ -240,7 +240,7 @@ fn check_source(path: &Path) -> Result<PathBuf> {
         // A mount that does not answer is dead and holds nothing.
         if control::status(&mount.mountpoint).is_ok() {
             return Err(refuse(&format!(
-                "it is mounted by cowfs already, at {}; two mounts of one directory would spoil its snapshots",
+                "it is mounted by cowfs already, at {}; two mounts of one directory would spoil its snapshots; unmount it there first (cowfs umount)",
                 mount.mountpoint.display()
             )));
         }

@@ -210,9 +210,20 @@ impl Engine {
         self.member_attr(reading.epoch, member)
     }
 
-    /// Sets an extended attribute; `flags` are those of setxattr(2).
-    pub fn setxattr(&self, node: &Node, name: &[u8], value: &[u8], flags: i32) -> Result<()> {
-        self.change_xattr(node, |fd| self.backing.set_xattr(fd, name, value, flags))
+    /// Sets an extended attribute; `flags` are those of setxattr(2). `kill_sgid`: an ACL set by one who is not
+    /// of the file's group clears the set-group-ID bit, as chmod(2) by such a caller does.
+    pub fn setxattr(
+        &self,
+        node: &Node,
+        name: &[u8],
+        value: &[u8],
+        flags: i32,
+        kill_sgid: bool,
+    ) -> Result<()> {
+        self.change_xattr(node, |fd| {
+            let _killing = KillPriv::when(kill_sgid);
+            self.backing.set_xattr(fd, name, value, flags)
+        })
     }
 
     /// Removes an extended attribute.

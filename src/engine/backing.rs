@@ -14,7 +14,7 @@ use hashlink::LruCache;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
     AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
-    SeekFrom, Statx, StatxFlags, XattrFlags,
+    SeekFrom, StatVfsMountFlags, Statx, StatxFlags, XattrFlags,
 };
 use rustix::io::Errno;
 use rustix::io::{ReadWriteFlags, preadv2};
@@ -122,6 +122,13 @@ impl Backing {
         })?;
         let root = rustix::fs::openat(&tree, c".", dir | OFlags::RDONLY, Mode::empty())
             .map_err(|e| fail(format!("cannot open the directory: {e}")))?;
+        let vfs = rustix::fs::fstatvfs(&root)?;
+        if vfs.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            return Err(fail(
+                "is on a read-only filesystem, and cowfs keeps its store there; remount it read-write"
+                    .into(),
+            ));
+        }
         let st = statx(root.as_fd(), c"")?;
         let (kind, bytes) = sys::name_to_handle(root.as_fd(), c"").map_err(|e| {
             fail(format!("its filesystem has no file handles ({e}), which cowfs needs; use ext4, xfs, btrfs or tmpfs"))
@@ -171,11 +178,6 @@ impl Backing {
         let shown = String::from_utf8_lossy(name).into_owned();
         match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(Errno::ROFS) => {
-                return Err(fail(
-                    "is on a read-only filesystem; cowfs needs to keep its store there".into(),
-                ));
-            }
             Err(e) => return Err(fail(format!("cannot make {shown}: {e}"))),
         }
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
@@ -198,12 +200,6 @@ impl Backing {
     /// The root directory.
     pub fn root_entry(&self) -> &EntryImage {
         &self.root_entry
-    }
-
-    /// Whether the file system of the backing directory refuses writes.
-    pub fn is_read_only(&self) -> bool {
-        rustix::fs::fstatvfs(&self.root)
-            .is_ok_and(|st| st.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
     }
 
     /// statvfs(3) of the backing filesystem.

@@ -81,7 +81,7 @@ impl Handles {
     }
 
     /// How many files and directories are open.
-    pub fn len(&self) -> u64 {
+    pub fn count(&self) -> u64 {
         let files: usize = self.files.iter().map(|shard| shard.read().len()).sum();
         (files + self.dirs.read().len()) as u64
     }
@@ -137,7 +137,7 @@ impl Engine {
 
     /// How many files and directories are open.
     pub fn open_handles(&self) -> u64 {
-        self.handles.len()
+        self.handles.count()
     }
 
     /// The nodes of files that may be mapped shared and writable: those open for reading and writing (mmap(2),

@@ -23,9 +23,9 @@ const MOST_OBJECTS: usize = 4;
 /// A mutation in progress. Dropping it leaves the epoch first and unlocks the objects then.
 pub struct Op<'a> {
     engine: &'a Engine,
-    #[cfg(feature = "plant-epoch-before-lock")]
-    planted: Epoch,
-    inflight: InFlight<'a>,
+    /// The epoch that was entered.
+    entered: Epoch,
+    _inflight: InFlight<'a>,
     locked: [Option<(Ino, MutexGuard<'a, Kept>)>; MOST_OBJECTS],
     /// The last pre-image appended, for strict durability.
     appended: Option<Lsn>,
@@ -63,11 +63,13 @@ impl Engine {
         if let Some(start) = waited {
             self.upkeep.note_wait(start.elapsed());
         }
+        let entered = inflight.epoch();
+        #[cfg(feature = "plant-epoch-before-lock")]
+        let entered = planted.min(entered);
         Op {
             engine: self,
-            #[cfg(feature = "plant-epoch-before-lock")]
-            planted,
-            inflight,
+            entered,
+            _inflight: inflight,
             locked,
             appended: None,
         }
@@ -102,10 +104,7 @@ impl Engine {
 impl<'a> Op<'a> {
     /// The epoch that an operation on `object` belongs to.
     pub fn epoch_of(&self, object: &Object) -> Epoch {
-        #[cfg(feature = "plant-epoch-before-lock")]
-        return object.epoch(self.planted);
-        #[cfg(not(feature = "plant-epoch-before-lock"))]
-        object.epoch(self.inflight.epoch())
+        object.epoch(self.entered)
     }
 
     fn kept(&mut self, object: &Object) -> Result<&mut Kept> {

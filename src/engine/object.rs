@@ -266,7 +266,7 @@ impl Nodes {
     }
 
     /// The number of nodes in memory.
-    pub fn len(&self) -> u64 {
+    pub fn count(&self) -> u64 {
         self.known.load(Ordering::Relaxed)
     }
 

@@ -149,7 +149,7 @@ impl Snapshots {
     }
 
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.table.read().by_epoch.len()
     }
 

@@ -44,6 +44,9 @@ const BLOCKING_THREADS: usize = 8;
 /// after it has returned.
 const DELETE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// The extended attribute in which the kernel keeps a file's ACL (acl(5)).
+const ACL_XATTR: &str = "system.posix_acl_access";
+
 /// What fuser drives.
 struct Adapter {
     engine: Arc<Engine>,
@@ -179,6 +182,20 @@ fn writable(file: &OpenFile) -> Result<&LiveFile> {
 /// SETATTR, FALLOCATE and COPY_FILE_RANGE.
 fn kills_priv(req: &Request) -> bool {
     req.uid() != 0
+}
+
+/// Whether the caller belongs to `group`. fuser 0.18 does not ask for the flag that says so
+/// (`FUSE_SETXATTR_EXT`), so the caller's supplementary groups are looked up; a caller that cannot be seen
+/// counts as no member.
+fn is_member(req: &Request, group: u32) -> bool {
+    let listed = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", req.pid())).ok()?;
+        let groups = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Groups:"))?;
+        Some(groups.split_whitespace().any(|id| id.parse() == Ok(group)))
+    };
+    req.gid() == group || listed().unwrap_or(false)
 }
 
 impl Filesystem for Adapter {
@@ -596,7 +613,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -604,9 +621,14 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        let done = self
-            .node(ino)
-            .and_then(|node| self.engine.setxattr(&node, name.as_bytes(), value, flags));
+        let done = self.node(ino).and_then(|node| {
+            let kill = name == ACL_XATTR && kills_priv(req) && {
+                let group = self.engine.getattr(&node, None)?.image.gid;
+                !is_member(req, group)
+            };
+            self.engine
+                .setxattr(&node, name.as_bytes(), value, flags, kill)
+        });
         answer!(reply, done, () => reply.ok());
     }
 

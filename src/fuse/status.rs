@@ -57,7 +57,7 @@ impl Adapter {
             durability: self.config.durability.as_str().into(),
             cache: self.config.cache.as_str().into(),
             epoch: self.engine.store().epoch().0,
-            snapshots: self.engine.snapshots().len() as u64,
+            snapshots: self.engine.snapshots().count() as u64,
             store_bytes: stats.journal_bytes + stats.index_bytes,
             preimage_bytes: stats.live_payload_bytes,
             index_bytes: stats.index_bytes,
@@ -67,7 +67,7 @@ impl Adapter {
                 .retained_all()
                 .map_or(0, |all| all.len() as u64),
             open_files: self.engine.open_handles(),
-            known_objects: self.engine.nodes.len(),
+            known_objects: self.engine.nodes.count(),
             last_cut: self.engine.last_cut().map(|cut| CutStatus {
                 name: String::from_utf8_lossy(&cut.name).into(),
                 total_us: micros(cut.total),

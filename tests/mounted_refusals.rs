@@ -1,0 +1,309 @@
+//! Wrong use of a mount is refused with a message that names the thing and with the exit code of docs/CLI.md,
+//! and does no damage (C12); right use of the command on a mount does what it says.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use support::{Mount, Outcome, cowfs_bin, mount_type, run};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn cowfs<S: AsRef<OsStr>>(arguments: &[S]) -> Outcome {
+    run(Command::new(cowfs_bin()).args(arguments), LIMIT)
+}
+
+#[track_caller]
+fn refused<S: AsRef<OsStr>>(arguments: &[S], code: i32, says: &[&str]) {
+    let outcome = cowfs(arguments);
+    assert_eq!(outcome.status.code(), Some(code), "{}", outcome.stderr);
+    for part in says {
+        let said = &outcome.stderr;
+        assert!(said.contains(part), "{part:?} is not in {said:?}");
+    }
+}
+
+fn words<'a>(line: &'a [&'a str], paths: &'a [&'a Path]) -> Vec<&'a OsStr> {
+    let line = line.iter().map(OsStr::new);
+    line.chain(paths.iter().map(|path| path.as_os_str()))
+        .collect()
+}
+
+#[test]
+fn a_directory_is_mounted_once() {
+    let mount = Mount::new("twice", LIMIT);
+    let other = mount.root.join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(mount.mnt.join("f"), "kept").unwrap();
+    refused(
+        &words(&["mount"], &[&mount.backing, &other]),
+        3,
+        &["mounted by cowfs already", "umount"],
+    );
+    assert_eq!(mount_type(&other), None);
+    let another = mount.root.join("another");
+    fs::create_dir(&another).unwrap();
+    refused(&words(&["mount"], &[&another, &mount.mnt]), 4, &["mnt"]);
+    assert_eq!(fs::read(mount.mnt.join("f")).unwrap(), b"kept");
+}
+
+#[test]
+fn a_read_only_directory_is_refused() {
+    let mount = Mount::new("readonly", LIMIT);
+    mount.umount();
+    let mnt = &mount.mnt;
+    let bind = mount.root.join("bind");
+    fs::create_dir(&bind).unwrap();
+    let tool = |args: &[&OsStr]| run(Command::new("mount").args(args), LIMIT).success("mount");
+    tool(&words(&["--bind"], &[&mount.backing, &bind]));
+    tool(&words(&["-o", "remount,ro,bind"], &[&bind]));
+    let outcome = cowfs(&words(&["mount"], &[&bind, mnt]));
+    let undone = run(Command::new("umount").arg(&bind), LIMIT);
+    assert_eq!(outcome.status.code(), Some(3), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("read-only"), "{}", outcome.stderr);
+    undone.success("umount");
+    mount.mount();
+}
+
+#[test]
+fn a_store_of_another_format_is_refused_and_left_alone() {
+    let mount = Mount::new("format", LIMIT);
+    mount.snapshot("before");
+    mount.umount();
+    let format = mount.backing.join(".cowfs/store/format");
+    let right = fs::read_to_string(&format).unwrap();
+    let wrong = right.replace("cowfs-store 1", "cowfs-store 99");
+    assert_ne!(right, wrong);
+    fs::write(&format, &wrong).unwrap();
+    refused(
+        &words(&["mount"], &[&mount.backing, &mount.mnt]),
+        6,
+        &["format", "99", "1"],
+    );
+    assert_eq!(fs::read_to_string(&format).unwrap(), wrong);
+    fs::write(&format, right).unwrap();
+    mount.mount();
+    assert!(mount.snapshot_path("before").is_dir());
+}
+
+#[test]
+fn a_store_open_to_others_is_refused() {
+    let mount = Mount::new("open", LIMIT);
+    mount.umount();
+    let hidden = mount.backing.join(".cowfs");
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o755)).unwrap();
+    refused(
+        &words(&["mount"], &[&mount.backing, &mount.mnt]),
+        3,
+        &[".cowfs", "0700"],
+    );
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o700)).unwrap();
+    mount.mount();
+}
+
+#[test]
+fn a_store_elsewhere_belongs_to_one_directory() {
+    let mount = Mount::new("elsewhere", LIMIT);
+    let (a, b) = (mount.root.join("a"), mount.root.join("b"));
+    let (store, mnt) = (mount.root.join("store"), mount.root.join("other-mnt"));
+    for dir in [&a, &b, &mnt] {
+        fs::create_dir(dir).unwrap();
+    }
+    let with = format!("store={}", store.display());
+    cowfs(&words(&["mount", "-o", &with], &[&a, &mnt])).success("mount with a store elsewhere");
+    assert_eq!(mount_type(&mnt).as_deref(), Some("fuse.cowfs"));
+    fs::write(mnt.join("f"), "old").unwrap();
+    fs::create_dir(mnt.join(".snapshots/s")).unwrap();
+    fs::write(mnt.join("f"), "new").unwrap();
+    fs::remove_file(mnt.join("f")).unwrap();
+    cowfs(&words(&["umount"], &[&mnt])).success("umount");
+    refused(&words(&["mount"], &[&a, &mnt]), 6, &["store="]);
+    refused(
+        &words(&["mount", "-o", &with], &[&b, &mnt]),
+        6,
+        &["another directory"],
+    );
+    cowfs(&words(&["mount", "-o", &with], &[&a, &mnt])).success("mount again");
+    let kept = fs::read(mnt.join(".snapshots/s/f"));
+    cowfs(&words(&["umount"], &[&mnt])).success("umount");
+    assert_eq!(kept.unwrap(), b"old");
+}
+
+#[test]
+fn snapshot_names_that_cannot_be_are_refused() {
+    let mount = Mount::new("names", LIMIT);
+    let mnt = mount.mnt.as_path();
+    let at = mnt.to_str().unwrap();
+    cowfs(&["snapshot", "create", at, "one"]).success("create");
+    refused(&["snapshot", "create", at, "one"], 7, &["one", "exists"]);
+    refused(&["snapshot", "create", at, "a/b"], 7, &["a/b"]);
+    refused(
+        &["snapshot", "create", at, ""],
+        7,
+        &["invalid snapshot name"],
+    );
+    refused(&["snapshot", "create", at, &"n".repeat(256)], 7, &["255"]);
+    refused(
+        &["snapshot", "create", at, ".."],
+        7,
+        &["invalid snapshot name"],
+    );
+    refused(&["snapshot", "delete", at, "none"], 7, &["none"]);
+    refused(&["snapshot", "rename", at, "none", "other"], 7, &["none"]);
+    cowfs(&["snapshot", "create", at, "two"]).success("create");
+    refused(
+        &["snapshot", "rename", at, "one", "two"],
+        7,
+        &["two", "exists"],
+    );
+    let long = "n".repeat(255);
+    cowfs(&["snapshot", "rename", at, "one", &long]).success("rename");
+    let mut left: Vec<_> = fs::read_dir(mnt.join(".snapshots"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, [OsStr::new(&long), OsStr::new("two")]);
+}
+
+#[test]
+fn a_snapshot_that_is_read_is_not_deleted() {
+    let mount = Mount::new("busy", LIMIT);
+    fs::write(mount.mnt.join("f"), vec![1; 3 << 20]).unwrap();
+    let snapshot = mount.snapshot("s");
+    fs::write(mount.mnt.join("f"), vec![2; 3 << 20]).unwrap();
+    let mut open = fs::File::open(snapshot.join("f")).unwrap();
+    let busy = fs::remove_dir(&snapshot).unwrap_err();
+    assert_eq!(
+        busy.raw_os_error(),
+        Some(rustix::io::Errno::BUSY.raw_os_error())
+    );
+    refused(
+        &words(&["snapshot", "delete"], &[&mount.mnt, Path::new("s")]),
+        7,
+        &["in use"],
+    );
+    let mut data = Vec::new();
+    std::io::Read::read_to_end(&mut open, &mut data).unwrap();
+    assert!(data.len() == 3 << 20 && data.iter().all(|byte| *byte == 1));
+    drop(open);
+    // The kernel tells of a close after it has returned: the deletion waits for that.
+    fs::remove_dir(&snapshot).unwrap();
+    assert!(!snapshot.exists());
+}
+
+#[test]
+fn a_directory_is_mounted_over_itself() {
+    let mount = Mount::new("itself", LIMIT);
+    let dir = mount.root.join("itself");
+    fs::create_dir_all(dir.join("sub")).unwrap();
+    fs::write(dir.join("sub/f"), "before").unwrap();
+    let options = "rw,noauto,nofail,user,_netdev,x-systemd.automount,nosuid,nodev,noexec,noatime,sync-interval=20";
+    cowfs(&words(&["mount", "-o", options], &[&dir])).success("mount over itself");
+    assert_eq!(mount_type(&dir).as_deref(), Some("fuse.cowfs"));
+    assert!(
+        !dir.join(".cowfs").exists(),
+        "the store is not reachable through the mount"
+    );
+    cowfs(&words(
+        &["snapshot", "create"],
+        &[&dir.join("sub"), Path::new("s")],
+    ))
+    .success("create");
+    fs::write(dir.join("sub/f"), "after").unwrap();
+    let seen = fs::read(dir.join(".snapshots/s/sub/f"));
+    let beneath = fs::read(dir.join("sub/.snapshots/s/f"));
+    cowfs(&words(&["umount"], &[&dir])).success("umount");
+    assert_eq!(mount_type(&dir), None);
+    assert_eq!(
+        (seen.unwrap(), beneath.unwrap()),
+        (b"before".to_vec(), b"before".to_vec())
+    );
+    assert_eq!(fs::read(dir.join("sub/f")).unwrap(), b"after");
+}
+
+#[test]
+fn signals_unmount_cleanly() {
+    let mount = Mount::new("signals", LIMIT);
+    mount.umount();
+    for signal in ["TERM", "INT"] {
+        let mut daemon = Command::new(cowfs_bin())
+            .args(words(&["mount", "-f"], &[&mount.backing, &mount.mnt]))
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        while mount_type(&mount.mnt).is_none() && start.elapsed() < LIMIT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        fs::write(mount.mnt.join("f"), signal).unwrap();
+        let kill = Command::new("kill")
+            .arg(format!("-{signal}"))
+            .arg(daemon.id().to_string())
+            .status();
+        assert!(kill.unwrap().success());
+        let status = loop {
+            if let Some(status) = daemon.try_wait().unwrap() {
+                break status;
+            }
+            assert!(start.elapsed() < LIMIT, "the daemon did not end");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert!(status.success(), "{signal}: {status}");
+        assert_eq!(mount_type(&mount.mnt), None);
+        assert_eq!(
+            fs::read(mount.backing.join("f")).unwrap(),
+            signal.as_bytes()
+        );
+    }
+    mount.mount();
+}
+
+#[test]
+fn status_and_list_tell_what_there_is() {
+    let mount = Mount::new("status", LIMIT);
+    let sub = mount.mnt.join("sub");
+    fs::create_dir(&sub).unwrap();
+    fs::write(sub.join("f"), vec![7; 100_000]).unwrap();
+    let made = cowfs(&words(
+        &["snapshot", "create", "--json"],
+        &[&sub, Path::new("s")],
+    ))
+    .success("create");
+    let made: serde_json::Value = serde_json::from_str(&made.stdout).unwrap();
+    assert_eq!(
+        made["path"].as_str().unwrap(),
+        mount.snapshot_path("s").to_str().unwrap()
+    );
+    fs::write(sub.join("f"), vec![8; 100_000]).unwrap();
+    let status = cowfs(&words(&["status", "--json"], &[&sub])).success("status");
+    let status: serde_json::Value = serde_json::from_str(&status.stdout).unwrap();
+    assert_eq!(
+        (status["state"].as_str(), status["snapshots"].as_u64()),
+        (Some("ok"), Some(1))
+    );
+    assert!(status["preimage_bytes"].as_u64().unwrap() >= 100_000);
+    assert_eq!(status["last_cut"]["name"].as_str(), Some("s"));
+    let list = cowfs(&words(&["snapshot", "list", "--json"], &[&mount.mnt])).success("list");
+    let list: serde_json::Value = serde_json::from_str(&list.stdout).unwrap();
+    assert_eq!(list[0]["name"].as_str(), Some("s"));
+    // An automatic name: UTC, without a colon, in the order of time.
+    let path = cowfs(&words(&["snapshot", "create"], &[&mount.mnt]))
+        .success("create")
+        .stdout;
+    let name = Path::new(path.trim())
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        name.len() == 16 && name.ends_with('Z') && !name.contains(':'),
+        "{name}"
+    );
+}
