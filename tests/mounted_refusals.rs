@@ -307,3 +307,36 @@ fn status_and_list_tell_what_there_is() {
         "{name}"
     );
 }
+
+#[test]
+fn destroy_leaves_a_plain_directory() {
+    let mount = Mount::new("destroy", LIMIT);
+    fs::write(mount.mnt.join("f"), "live").unwrap();
+    let snapshot = mount.snapshot("s");
+    fs::write(mount.mnt.join("gone"), "x").unwrap();
+    assert!(snapshot.join("f").exists());
+    refused(
+        &words(&["destroy", "--yes"], &[&mount.backing]),
+        3,
+        &["unmount"],
+    );
+    mount.umount();
+    refused(
+        &words(&["destroy"], &[&mount.backing]),
+        3,
+        &["1 snapshots", "--yes"],
+    );
+    cowfs(&words(&["destroy", "--yes"], &[&mount.backing])).success("destroy");
+    let mut left: Vec<_> = fs::read_dir(&mount.backing)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["f", "gone"]);
+    refused(
+        &words(&["destroy"], &[&mount.backing]),
+        3,
+        &["nothing to destroy"],
+    );
+    mount.mount();
+}

@@ -2,6 +2,7 @@
 
 mod daemon;
 mod demo;
+mod destroy;
 mod mount;
 mod output;
 mod snapshot;
@@ -53,6 +54,7 @@ enum Command {
     Snapshot(snapshot::Args),
     Status(status::Args),
     Demo(demo::Args),
+    Destroy(destroy::Args),
     /// Started by the daemon itself (see [`crate::fuse::flush`]).
     ///
     /// EXAMPLE: not for use by hand.
@@ -105,6 +107,7 @@ fn dispatch(arguments: &[OsString]) -> Result<(), Failure> {
             Command::Snapshot(args) => Ok(snapshot::run(&args)?),
             Command::Status(args) => Ok(status::run(&args)?),
             Command::Demo(args) => demo::run(&args),
+            Command::Destroy(args) => Ok(destroy::run(&args)?),
             Command::FlushHelper { mountpoint } => Ok(crate::fuse::flush::run_helper(&mountpoint)?),
         },
     }

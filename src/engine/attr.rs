@@ -144,7 +144,7 @@ impl Engine {
             if let (Some(size), Some(fd)) = (set.size, writable) {
                 op.keep_data(object, fd, size, u64::MAX)?;
             }
-            op.settle()?;
+            op.settle()?; // I1
             if let (Some(size), Some(fd)) = (set.size, writable) {
                 let _killing = KillPriv::when(kill_priv);
                 self.backing.truncate(fd, size)?;
@@ -242,7 +242,7 @@ impl Engine {
         let fd = self.backing.path_fd(&object.entry)?;
         self.change_attr(object, |op| {
             op.settle()?;
-            change(fd.as_fd())
+            change(fd.as_fd()) // I1
         })
     }
 

@@ -200,6 +200,7 @@ impl Engine {
             };
             entries.insert(name.to_vec(), image);
         }
+        // I3
         for (name, was) in self.store.entries_at(member.entry.ino, reading.epoch)? {
             match was {
                 Some(image) => entries.insert(name, image),

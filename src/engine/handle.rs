@@ -21,7 +21,7 @@ pub struct LiveFile {
     /// Whether the caller can map it shared and writable.
     mappable: bool,
     /// Opened with `O_SYNC` (false) or `O_DSYNC` (true): each write is synced before it returns.
-    pub(super) sync_each_write: Option<bool>,
+    pub sync_each_write: Option<bool>,
 }
 
 /// A file of a snapshot, open for reading. Keeps the snapshot from being deleted.

@@ -59,7 +59,7 @@ impl Engine {
                 last = Some(object.ino());
             }
         }
-        let inflight = self.epochs.enter();
+        let inflight = self.epochs.enter(); // I4: after the last lock
         if let Some(start) = waited {
             self.upkeep.note_wait(start.elapsed());
         }
@@ -168,6 +168,7 @@ impl<'a> Op<'a> {
         let Some(aim) = self.aim(object)? else {
             return Ok(());
         };
+        // I2
         if !matches!(self.attr_kept(object, aim)?, Known::Yes(_)) {
             let fd = self.engine.backing.path_fd(&object.entry)?;
             let image = self.engine.backing.full_attr(fd.as_fd())?;
@@ -211,6 +212,7 @@ impl<'a> Op<'a> {
             return Ok(());
         };
         let engine = self.engine;
+        // I2
         if engine.store.entry_at(dir.ino(), name, aim.base)?.is_some() {
             return Ok(());
         }
@@ -310,6 +312,7 @@ impl<'a> Op<'a> {
                 continue;
             }
             let start = block;
+            // I2
             while block < to && !bit(&map, block) {
                 set_bit(&mut map, block);
                 block += 1;

@@ -113,6 +113,8 @@ impl Engine {
             cutting: AtomicBool::new(false),
         });
         engine.refresh_guards(None);
+        // The root stays known as long as there is a mount.
+        engine.nodes.told(&engine.root());
         recover::retained(&engine)?;
         if let Some(interval) = options.upkeep {
             upkeep::start(&engine, interval)?;
@@ -120,9 +122,9 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Installs what flushes shared mappings before a cut.
-    pub fn set_flusher(&self, flusher: Flusher) {
-        *self.flusher.write() = Some(flusher);
+    /// Installs what flushes shared mappings before a cut; `None` drops it.
+    pub fn set_flusher(&self, flusher: Option<Flusher>) {
+        *self.flusher.write() = flusher;
     }
 
     /// The backing directory.

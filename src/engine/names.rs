@@ -83,6 +83,7 @@ impl Engine {
             .backing
             .path_fd(dir)
             .and_then(|fd| self.backing.find(fd.as_fd(), name));
+        // I3
         match self.store.entry_at(dir.ino, name, k)? {
             Some((_, was)) => Ok(was),
             None => Ok(live?.map(|found| found.entry)),
@@ -150,7 +151,7 @@ impl Engine {
         let mut op = self.begin(&[dir]);
         op.keep_entry(dir, name)?;
         op.keep_attr(dir)?;
-        op.settle()?;
+        op.settle()?; // I1: the caller makes the name after this
         Ok(op)
     }
 
@@ -189,7 +190,7 @@ impl Engine {
         op.keep_attr(&dir)?;
         op.keep_attr(object)?;
         op.settle()?;
-        self.backing.link(fd.as_fd(), dir_fd.as_fd(), name)?;
+        self.backing.link(fd.as_fd(), dir_fd.as_fd(), name)?; // I1
         let image = self.backing.stat(fd.as_fd())?;
         Ok(self.tell(object, image))
     }
@@ -225,11 +226,11 @@ impl Engine {
             let retain = self.last_name(&child, directory)? && op.retain(&child, None)?;
             op.settle()?;
             if retain {
-                self.backing.retain(dir_fd.as_fd(), name, child.ino())?;
+                self.backing.retain(dir_fd.as_fd(), name, child.ino())?; // I1
                 child.retained.store(true, Ordering::SeqCst);
             } else {
                 self.pin_if_last(&child, directory)?;
-                self.backing.remove(dir_fd.as_fd(), name, directory)?;
+                self.backing.remove(dir_fd.as_fd(), name, directory)?; // I1
             }
             return Ok(());
         }
@@ -363,7 +364,7 @@ impl Engine {
             }
             _ => {
                 op.settle()?;
-                self.move_name(at, flags)?;
+                self.move_name(at, flags)?; // I1
             }
         }
         Ok(true)
@@ -383,7 +384,7 @@ impl Engine {
         let directory = target.is_dir();
         let origin = directory.then_some((at.from_dir, at.from));
         let retain = self.last_name(target, directory)? && op.retain(target, origin)?;
-        op.settle()?;
+        op.settle()?; // I1: nothing of the directory changes before this
         if !retain {
             self.pin_if_last(target, directory)?;
             return self.move_name(at, RenameFlags::empty());

@@ -42,7 +42,7 @@ impl Engine {
             return Ok(None);
         };
         buf[n..len].fill(0);
-        // Any pre-image: the long way.
+        // I3: looked up after the live bytes. Any pre-image: the long way.
         let (first, last) = (offset / CHUNK, (offset + len as u64 - 1) / CHUNK);
         let kept = self
             .store
@@ -82,7 +82,7 @@ impl Engine {
         if !covers(&extents, offset, end) {
             let n = self.backing.read(fd, offset, buf)?;
             buf[n..].fill(0);
-            let extents = self.store.extents_at(ino, k, chunk)?;
+            let extents = self.store.extents_at(ino, k, chunk)?; // I3
             return self.overlay(&extents, offset, buf);
         }
         self.overlay(&extents, offset, buf)
@@ -250,6 +250,7 @@ impl Engine {
             return Ok(image);
         }
         let live = live();
+        // I3
         match self.store.attr_at(ino, k)? {
             Some((_, image)) => Ok(image),
             None => live,

@@ -27,15 +27,18 @@ impl Engine {
             .checked_add(data.len() as u64)
             .ok_or(Error::Os(Errno::FBIG))?;
         let fd = file.fd();
-        let written = self.change_data(&file.object, fd, offset, end, || {
+        self.change_data(&file.object, fd, offset, end, || {
             let _killing = KillPriv::when(kill_priv);
             self.backing.write(fd, offset, data)
-        })?;
-        if let Some(data_only) = file.sync_each_write {
-            self.store.sync()?;
-            self.backing.sync(fd, data_only)?;
+        })
+    }
+
+    /// What `O_SYNC` and `O_DSYNC` ask for after a write: the journal first, then the file that it guards (C8).
+    pub fn sync_write(&self, file: &LiveFile) -> Result<()> {
+        match file.sync_each_write {
+            None => Ok(()),
+            Some(data_only) => self.fsync(file, data_only),
         }
-        Ok(written)
     }
 
     /// Sets the size of a file through a descriptor opened for writing.

@@ -16,6 +16,7 @@ use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The hidden command that runs the helper.
 pub const HELPER_COMMAND: &str = "flush-helper";
@@ -95,9 +96,14 @@ impl FlushHelper {
 impl Drop for FlushHelper {
     fn drop(&mut self) {
         let (child, ..) = self.pipes.get_mut();
-        // It ends by itself when the pipe closes; a mount that hangs must not make the daemon hang too.
+        // Between two orders it ends at once. One that hangs with a dead mount must not make the daemon hang
+        // too: it gets a moment, and ends when the mount does.
         if let Err(error) = child.kill() {
             log::debug!("flush helper: {error}");
+        }
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }

@@ -37,7 +37,7 @@ use std::time::{Duration, SystemTime};
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The largest write request, also the kernel's default limit (`fs.fuse.max_pages_limit`).
 const MAX_WRITE: u32 = 1 << 20;
-/// Threads for requests that may block.
+/// Threads for requests that may block, of each kind: reads that wait for a disk do not queue behind syncs.
 const BLOCKING_THREADS: usize = 8;
 
 /// How long the deletion of a snapshot waits for its files to be closed: the kernel tells of a close(2) only
@@ -52,6 +52,9 @@ struct Adapter {
     engine: Arc<Engine>,
     config: MountConfig,
     blocking: Pool,
+    reading: Pool,
+    /// Deletions of snapshots, which may wait for a file to be closed.
+    deletions: Pool,
     /// Cuts, one after the other, so that those that wait for one hold up nothing else.
     cuts: Pool,
     /// The process that flushes shared mappings: its opens and syncs concern the kernel's pages alone.
@@ -73,15 +76,13 @@ macro_rules! answer {
 
 impl Adapter {
     fn new(engine: Arc<Engine>, config: MountConfig, helper_pid: u32) -> Result<Self> {
-        let (blocking, cuts) = (
-            Pool::new("blocking", BLOCKING_THREADS)?,
-            Pool::new("cut", 1)?,
-        );
         Ok(Self {
             engine,
             config,
-            blocking,
-            cuts,
+            blocking: Pool::new("blocking", BLOCKING_THREADS)?,
+            reading: Pool::new("reading", BLOCKING_THREADS)?,
+            deletions: Pool::new("deletion", 2)?,
+            cuts: Pool::new("cut", 1)?,
             helper_pid,
         })
     }
@@ -146,7 +147,7 @@ impl Adapter {
         };
         let (engine, name) = (self.engine.clone(), name.as_bytes().to_vec());
         match parent {
-            Node::Folder(_) if directory => self.blocking.run(move || {
+            Node::Folder(_) if directory => self.deletions.run(move || {
                 answer!(reply, engine.delete_snapshot(&name, DELETE_PATIENCE), () => reply.ok());
             }),
             Node::Folder(_) => reply.error(Errno::EISDIR),
@@ -471,7 +472,7 @@ impl Filesystem for Adapter {
             // Waiting for a disk is not for a request thread.
             Ok(None) => {
                 let engine = self.engine.clone();
-                self.blocking.run(move || {
+                self.reading.run(move || {
                     let read = engine.read(&file, offset, &mut buf);
                     drop(file);
                     answer!(reply, read, n => reply.data(&buf[..n]));
@@ -493,11 +494,22 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        let written = self
-            .engine
-            .file(fh.0)
-            .and_then(|file| self.engine.write(writable(&file)?, offset, data, kill));
-        answer!(reply, written, n => reply.written(n as u32));
+        let written = self.engine.file(fh.0).and_then(|file| {
+            let n = self.engine.write(writable(&file)?, offset, data, kill)?;
+            Ok((file, n))
+        });
+        match written {
+            Ok((file, n)) if writable(&file).is_ok_and(|live| live.sync_each_write.is_some()) => {
+                let engine = self.engine.clone();
+                self.blocking.run(move || {
+                    let done = writable(&file).and_then(|live| engine.sync_write(live));
+                    drop(file);
+                    answer!(reply, done, () => reply.written(n as u32));
+                });
+            }
+            Ok((_, n)) => reply.written(n as u32),
+            Err(error) => reply.error(errno(&error)),
+        }
     }
 
     fn flush(

@@ -11,7 +11,7 @@ use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::process::{getgid, getuid};
+use rustix::process::{Resource, Rlimit, getgid, getrlimit, getuid, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::Path;
@@ -27,6 +27,7 @@ const DEVICE: &str = "/dev/fuse";
 /// # Errors
 /// What stands in the way of the mount (C12); a failure of the last writes of the store.
 pub fn serve(config: MountConfig, ready: impl FnOnce() + Send) -> Result<()> {
+    raise_file_limit();
     let device = open_device()?;
     let engine = Engine::open(
         &config.source,
@@ -46,6 +47,7 @@ pub fn serve(config: MountConfig, ready: impl FnOnce() + Send) -> Result<()> {
     if served.is_err() {
         detach(&config.mountpoint);
     }
+    engine.set_flusher(None);
     let closed = engine.close();
     served.and(closed)
 }
@@ -60,7 +62,7 @@ fn run(
     let failed = |e: std::io::Error| Error::io("the FUSE session failed", &config.mountpoint, &e);
     let helper = FlushHelper::start(&config.mountpoint)?;
     let helper_pid = helper.pid();
-    engine.set_flusher(Box::new(move |nodes| helper.flush(nodes)));
+    engine.set_flusher(Some(Box::new(move |nodes| helper.flush(nodes))));
     let mut options = Config::default();
     options.n_threads = Some(REQUEST_THREADS);
     options.acl = if config.allow_other {
@@ -89,6 +91,18 @@ fn run(
         stop.close();
         done
     })
+}
+
+/// Each file that a user has open costs the daemon a descriptor, so it takes as many as it is allowed.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(errno) = setrlimit(Resource::Nofile, most) {
+        log::warn!("cannot raise the limit of open files: {errno}");
+    }
 }
 
 fn open_device() -> Result<OwnedFd> {

@@ -283,7 +283,7 @@ pub(super) fn retained_value(value: &[u8]) -> Result<(bool, Retained)> {
     Ok((gone, retained))
 }
 
-/// What the index has of a record: the one place that says so, for appends and for replay alike.
+/// What the index has of a record: the one place that says so, for appends and for replay alike (I5).
 pub(super) fn pairs_of(record: &Record, lsn: Lsn) -> Vec<Pair> {
     let touch = |label: Epoch, ino: Ino, aspect| (Touch { label, ino, aspect }.key(), Vec::new());
     match record {
