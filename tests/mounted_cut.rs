@@ -7,7 +7,7 @@
 mod support;
 
 use std::time::Duration;
-use support::cut::{Method, Report, exact_cut, stands_still};
+use support::cut::{Method, Report, damages_accepted, exact_cut, stands_still};
 use support::{Mount, env_number, scratch, seed};
 
 fn show(what: &str, report: &Report) {
@@ -40,7 +40,7 @@ fn every_snapshot_is_an_exact_cut() {
 
 #[test]
 fn a_snapshot_stands_still_once_its_creation_returned() {
-    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / 3;
+    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / 2;
     let mount = Mount::new("still", time + Duration::from_secs(60));
     let (cuts, changed) = stands_still(&mount.mnt, time);
     println!("{cuts} snapshots stood still from the moment of their creation");
@@ -86,5 +86,13 @@ fn the_checker_accepts_a_frozen_copy() {
         report.violations.join("\n")
     );
     assert!(report.checked >= 2, "only {} copies", report.checked);
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// Each thing that the checker looks for is damaged by itself in a copy that is right otherwise.
+#[test]
+fn the_checker_refuses_every_kind_of_damage() {
+    let dir = scratch("cut-damage");
+    assert_eq!(damages_accepted(&dir), ["none"]);
     std::fs::remove_dir_all(dir).unwrap();
 }

@@ -255,8 +255,8 @@ class Case:
         self.checks = self.failed = 0
         self.count = 0
         self.start = time.time()
-        self.seed = int(os.environ.get("COWFS_SEED", random.randrange(1 << 30)))
-        print("%s: COWFS_SEED=%d repeats this run" % (self.name, self.seed), flush=True)
+        self.seed = os.environ.get("COWFS_SEED") or str(random.randrange(1 << 30))
+        print("%s: COWFS_SEED=%s repeats this run" % (self.name, self.seed), flush=True)
         self.random = random.Random(self.seed)
         self.work = os.path.join(self.mnt, "work")
         os.mkdir(self.work)

@@ -1376,7 +1376,7 @@ pub(crate) fn exact_cut(root: &Path, method: &Method, time: Duration, seed: u64)
 ///
 /// [`exact_cut`] looks at all there is, which takes too long to see an operation that comes a millisecond late.
 pub(crate) fn stands_still(mnt: &Path, time: Duration) -> (usize, Vec<String>) {
-    const FILES: usize = 4;
+    const FILES: usize = 8;
     let name = |file: usize| format!("still-{file}");
     let direct = i32::try_from(OFlags::DIRECT.bits()).unwrap();
     let look = |view: &Path, file: usize| -> io::Result<u64> {
@@ -1465,4 +1465,155 @@ pub(crate) fn stands_still(mnt: &Path, time: Duration) -> (usize, Vec<String>) {
         stop.store(true, Ordering::Relaxed);
     });
     (cuts, changed)
+}
+
+/// Steps that each writer of [`quiet_tree`] has made.
+const QUIET: u64 = 200;
+
+/// Makes a tree in which every writer has made [`QUIET`] steps, then damages copies of it, each in one way.
+/// Returns the damages that the check lets pass; the first is "none", and must.
+pub(crate) fn damages_accepted(dir: &Path) -> Vec<&'static str> {
+    type Damage = (&'static str, fn(&Path));
+    /// Where the newest record is that `plan` has written `back` steps ago.
+    fn place(plan: &Slots, back: u64) -> (String, u64) {
+        let (file, index) = plan.place(QUIET - back);
+        (
+            format!("{}/slots.{file}", plan.name),
+            index * plan.record as u64,
+        )
+    }
+    let damages: [Damage; 17] = [
+        ("none", |_| ()),
+        ("the last block is missing", |root| {
+            let (file, at) = place(&Slots::new("blocks", 3, 48, 4096), 0);
+            patch(&root.join(file), at, &pattern(QUIET - 144, 4096));
+        }),
+        ("an earlier block is missing", |root| {
+            let (file, at) = place(&Slots::new("blocks", 3, 48, 4096), 5);
+            patch(&root.join(file), at, &pattern(0, 4096));
+        }),
+        ("half of a block", |root| {
+            let (file, at) = place(&Slots::new("blocks", 3, 48, 4096), 0);
+            patch(&root.join(file), at + 2048, &pattern(QUIET - 144, 2048));
+        }),
+        ("a record cut beside a page boundary", |root| {
+            let (file, at) = place(&Slots::new("unaligned", 2, 40, 3001), 0);
+            let cut = (at.next_multiple_of(4096) - at + 8).min(2992) / 8 * 8;
+            patch(
+                &root.join(file),
+                at + cut,
+                &pattern(QUIET - 80, 1000)[..usize::try_from(3001 - cut).unwrap().min(1000)],
+            );
+        }),
+        ("the tail of a big record at a later page", |root| {
+            let (file, at) = place(&Slots::new("big", 2, 5, 200_000), 0);
+            let page = at.next_multiple_of(4096) + 5 * 4096;
+            patch(&root.join(file), page, &pattern(1, 8));
+        }),
+        ("requests of one write out of order", |root| {
+            patch(&root.join("long/long"), 0, &pattern(QUIET - 1, REQUEST));
+        }),
+        ("a part of a request", |root| {
+            patch(
+                &root.join("long/long"),
+                2 * REQUEST as u64 + 4096,
+                &pattern(QUIET - 1, 4096),
+            );
+        }),
+        ("a log is a byte short", |root| {
+            let file = OpenOptions::new()
+                .write(true)
+                .open(root.join("appends/log.1"))
+                .unwrap();
+            file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+        }),
+        ("a log has its size and not its data", |root| {
+            let path = root.join("appends/log.2");
+            let size = fs::metadata(&path).unwrap().len();
+            patch(&path, size - 16, &[0; 16]);
+        }),
+        ("a name too many", |root| {
+            fs::write(root.join("names/a/log.1"), b"").unwrap()
+        }),
+        ("a name is missing", |root| {
+            fs::remove_file(root.join("names/b/current")).unwrap()
+        }),
+        ("a mode is an older one", |root| {
+            for file in 0..4 {
+                let path = root.join(format!("attributes/attr.{file}"));
+                fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+            }
+        }),
+        ("a size is an older one", |root| {
+            OpenOptions::new()
+                .write(true)
+                .open(root.join("attributes/attr.1"))
+                .unwrap()
+                .set_len(3)
+                .unwrap();
+        }),
+        ("half a rename", |root| {
+            fs::write(root.join("ring-1/199"), b"").unwrap()
+        }),
+        ("a step of a ring without the one before it", |root| {
+            patch(&root.join("pong/slots.0"), 0, &pattern(QUIET + 1, 4096));
+        }),
+        ("a copy of what is not there", |root| {
+            patch(&root.join("copies/copy"), 8, &pattern(QUIET + 1, 8));
+        }),
+    ];
+    let root = dir.join("quiet");
+    fs::create_dir(&root).unwrap();
+    let cast = Cast::new(&root);
+    cast.prepare(&root).unwrap();
+    for writer in &cast.writers {
+        let mut step_of = writer.plan.start(&root.join(writer.plan.name())).unwrap();
+        for step in 1..=QUIET {
+            step_of(step).unwrap();
+        }
+    }
+    // what could have begun is left open, so that a step too many is refused for its own sake
+    let low: Vec<u64> = cast
+        .writers
+        .iter()
+        .map(|w| {
+            if w.plan.floor().is_some() {
+                0
+            } else {
+                QUIET * w.plan.parts()
+            }
+        })
+        .collect();
+    let high: Vec<u64> = cast
+        .writers
+        .iter()
+        .map(|w| (QUIET + 50) * w.plan.parts())
+        .collect();
+    let mut accepted = Vec::new();
+    for (what, damage) in damages {
+        let copy = dir.join("damaged");
+        let status = std::process::Command::new("cp")
+            .arg("-a")
+            .arg(&root)
+            .arg(&copy)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        damage(&copy);
+        match cast.check(&copy, &low, &high) {
+            Ok(_) => accepted.push(what),
+            Err(why) => println!("{what}: {why}"),
+        }
+        fs::remove_dir_all(copy).unwrap();
+    }
+    accepted
+}
+
+fn patch(path: &Path, at: u64, bytes: &[u8]) {
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .unwrap()
+        .write_all_at(bytes, at)
+        .unwrap();
 }

@@ -37,12 +37,17 @@ pub(crate) fn env_number(name: &str, default: u64) -> u64 {
     }
 }
 
-/// The seed of a randomised test: `COWFS_SEED`, or a new one. Always printed.
+/// The seed of a randomised test: `COWFS_SEED` (any text; the model test takes hexadecimal ones), or a new
+/// one. Always printed.
 pub(crate) fn seed(test: &str) -> u64 {
-    let now = std::time::UNIX_EPOCH.elapsed().unwrap();
-    let seed = env_number("COWFS_SEED", now.as_micros() as u64 % 1_000_000_007);
-    println!("{test}: COWFS_SEED={seed} repeats this run");
-    seed
+    let text = std::env::var("COWFS_SEED").unwrap_or_else(|_| {
+        let now = std::time::UNIX_EPOCH.elapsed().unwrap();
+        (now.as_micros() % 1_000_000_007).to_string()
+    });
+    println!("{test}: COWFS_SEED={text} repeats this run");
+    text.bytes().fold(0, |seed: u64, byte| {
+        seed.wrapping_mul(257).wrapping_add(byte.into())
+    })
 }
 
 /// A new empty directory for one test, on a real disk.
