@@ -78,7 +78,7 @@ fn a_removed_file_gives_its_space_back() {
     let used = || {
         run(&mut Command::new("sync"), LIMIT).success("sync");
         let st = rustix::fs::statvfs(&mount.backing).unwrap();
-        (st.f_blocks - st.f_bfree) * st.f_frsize >> 20
+        ((st.f_blocks - st.f_bfree) * st.f_frsize) >> 20
     };
     let before = used();
     let path = mount.mnt.join("big");

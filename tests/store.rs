@@ -172,6 +172,7 @@ fn everything_survives_a_kill_and_an_orderly_end_and_the_loss_of_the_index() {
     assert_eq!(store.memtable_bytes(), 0);
     assert_filled(&store);
     store.close().unwrap();
+    drop(store);
     let store = open(&dir, options());
     assert_filled(&store);
     drop(store);
@@ -268,6 +269,7 @@ fn damage_before_the_seal_is_reported_and_skipped() {
         .map(|i| store.keep_attr(Ino(i), Epoch(1), &attr(i as u32)).unwrap())
         .collect();
     store.close().unwrap();
+    drop(store);
     open(&dir, options()).close().unwrap();
     overwrite(&segments(&dir)[0], offset(lsns[1]) + 4, &[0xee; 4]);
     // The index still has the record.
@@ -337,6 +339,7 @@ fn an_index_that_is_stale_ahead_foreign_or_garbage_is_made_right() {
     let store = open(&dir, options());
     fill(&store);
     store.close().unwrap();
+    drop(store);
     // Stale: an earlier state of the same index.
     replace(&old);
     assert_filled(&open(&dir, options()));
@@ -344,6 +347,7 @@ fn an_index_that_is_stale_ahead_foreign_or_garbage_is_made_right() {
     let store = open(&dir, options());
     store.keep_attr(Ino(99), Epoch(1), &attr(1)).unwrap();
     store.close().unwrap();
+    drop(store);
     std::fs::remove_file(segments(&dir).last().unwrap()).unwrap();
     let store = open(&dir, options());
     assert_eq!(store.damage().len(), 1, "{:?}", store.damage());
@@ -353,6 +357,7 @@ fn an_index_that_is_stale_ahead_foreign_or_garbage_is_made_right() {
         Some((Epoch(1), attr(0o644)))
     );
     store.close().unwrap();
+    drop(store);
     // Foreign.
     let other = tempfile::tempdir().unwrap();
     open(&other, options()).close().unwrap();

@@ -79,7 +79,7 @@ impl Engine {
     #[cfg(feature = "plant-epoch-before-lock")]
     fn planted_epoch(&self) -> Epoch {
         let epoch = self.epochs.current();
-        std::thread::sleep(std::time::Duration::from_millis(1));
+        std::thread::sleep(std::time::Duration::from_millis(3));
         epoch
     }
 

@@ -58,7 +58,7 @@ impl Engine {
         if self.is_hidden(dir.ino(), name) {
             return Ok(None);
         }
-        self.backing.find(self.object_fd(&dir)?.as_fd(), name)
+        self.backing.find(self.object_fd(dir)?.as_fd(), name)
     }
 
     fn lookup_member(&self, dir: &Member, name: &[u8]) -> Result<Attr> {

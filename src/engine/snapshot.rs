@@ -154,25 +154,27 @@ impl Engine {
     }
 
     fn try_delete_snapshot(&self, name: &[u8]) -> Result<()> {
-        let _cut = self.cut.lock();
-        let snapshot = self
-            .snapshots
-            .named(name)
-            .ok_or_else(|| Error::SnapshotMissing(shown(name)))?;
-        // From here on nobody new reads it, and those who do are waited for before anything is freed.
-        snapshot.seal()?;
-        self.snapshots.dies(&snapshot);
+        let snapshot = {
+            let _cut = self.cut.lock();
+            let missing = || Error::SnapshotMissing(shown(name));
+            let snapshot = self.snapshots.named(name).ok_or_else(missing)?;
+            // From here on nobody new reads it, and those who do are waited for before anything is freed.
+            snapshot.seal()?;
+            self.snapshots.dies(&snapshot);
+            snapshot
+        };
+        // Not under the lock: a cut does not wait for the journal of a deletion.
         let deleted = self.store.delete_snapshot(snapshot.info.epoch);
+        let _cut = self.cut.lock();
         if let Err(error) = &deleted {
-            let known = self.store.snapshots();
-            let gone = known.iter().any(|info| {
+            let gone = self.store.snapshots().iter().any(|info| {
                 info.epoch == snapshot.info.epoch && info.state == SnapshotState::Deleting
             });
             if !gone {
-                snapshot.unseal();
+                self.snapshots.lives(&snapshot);
                 return deleted.map(drop);
             }
-            log::error!("snapshot deleted, but not durably: {error}");
+            log::error!("a snapshot is deleted, but not durably: {error}");
         }
         self.snapshots.remove(snapshot.info.epoch);
         self.snapshots.touch();

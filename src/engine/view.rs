@@ -102,14 +102,22 @@ impl Snapshots {
 
     pub(super) fn remove(&self, epoch: Epoch) {
         let mut table = self.table.write();
-        if let Some(old) = table.by_epoch.remove(&epoch) {
-            table.by_name.remove(&old.info.name);
-        }
+        table.by_epoch.remove(&epoch);
     }
 
-    /// Notes that a sealed snapshot is about to be deleted: its readers are to be waited for.
+    /// A sealed snapshot is about to be deleted: it has no name from now on, and its readers are to be waited
+    /// for. Pre-images are kept for it until [`Self::remove`].
     pub(super) fn dies(&self, snapshot: &Snapshot) {
+        self.table.write().by_name.remove(&snapshot.info.name);
         self.dying.lock().push(snapshot.users.clone());
+    }
+
+    /// Takes [`Self::dies`] back.
+    pub(super) fn lives(&self, snapshot: &Snapshot) {
+        snapshot.unseal();
+        let mut table = self.table.write();
+        let (name, epoch) = (snapshot.info.name.clone(), snapshot.info.epoch);
+        table.by_name.entry(name).or_insert(epoch);
     }
 
     pub(super) fn epochs(&self) -> Vec<Epoch> {
@@ -127,12 +135,13 @@ impl Snapshots {
         self.table.read().by_epoch.get(&epoch).cloned()
     }
 
-    /// All snapshots, oldest first, from number `from` on.
+    /// The snapshots that have a name, oldest first, from number `from` on.
     pub fn from(&self, from: Epoch) -> Vec<Arc<Snapshot>> {
         self.table
             .read()
             .by_epoch
             .range(from..)
+            .filter(|(_, snapshot)| !snapshot.is_sealed())
             .map(|(_, snapshot)| snapshot.clone())
             .collect()
     }
@@ -154,7 +163,7 @@ impl Snapshots {
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.table.read().by_epoch.len()
+        self.table.read().by_name.len()
     }
 
     /// Whether no request reads a deleted snapshot any more.
@@ -180,8 +189,13 @@ impl Snapshot {
         }
     }
 
+    /// Whether it is being deleted.
+    fn is_sealed(&self) -> bool {
+        self.users.opens.load(Ordering::SeqCst) < 0
+    }
+
     /// Takes [`Self::seal`] back.
-    pub(super) fn unseal(&self) {
+    fn unseal(&self) {
         self.users.opens.store(0, Ordering::SeqCst);
     }
 }
