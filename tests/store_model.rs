@@ -370,6 +370,7 @@ impl Test {
         let store = self.store.take().unwrap();
         if clean {
             store.close().unwrap();
+            drop(store);
         } else {
             drop(store);
             std::fs::remove_dir_all(old).unwrap();
