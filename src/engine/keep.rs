@@ -40,6 +40,15 @@ struct Aim {
     base: Epoch,
 }
 
+/// A file of which data is being kept.
+struct Keeping<'f> {
+    object: &'f Object,
+    fd: BorrowedFd<'f>,
+    aim: Aim,
+    /// Its size at the cut.
+    size: u64,
+}
+
 impl Engine {
     /// Locks `objects` (the same one may stand there twice) and enters the epoch.
     pub fn begin<'a>(&'a self, objects: &[&'a Object]) -> Op<'a> {
@@ -249,8 +258,14 @@ impl<'a> Op<'a> {
                 image.size
             }
         };
+        let file = Keeping {
+            object,
+            fd,
+            aim,
+            size,
+        };
         if start >= size {
-            return self.keep_tail_hole(object, fd, aim, size, start);
+            return self.keep_tail_hole(&file, start);
         }
         let end = end.min(size);
         if start >= end {
@@ -260,50 +275,37 @@ impl<'a> Op<'a> {
         for chunk in first / CHUNK_BLOCKS..=last / CHUNK_BLOCKS {
             let from = first.max(chunk * CHUNK_BLOCKS);
             let to = (last + 1).min((chunk + 1) * CHUNK_BLOCKS);
-            self.keep_chunk(object, fd, aim, size, from, to)?;
+            self.keep_chunk(&file, from, to)?;
         }
         Ok(())
     }
 
     /// A write past the end that the cut had changes no byte of the snapshot. But where it falls into the
     /// last block, and that is a hole, the snapshot's hole would come to be data (C5).
-    fn keep_tail_hole(
-        &mut self,
-        object: &Object,
-        fd: BorrowedFd<'_>,
-        aim: Aim,
-        size: u64,
-        start: u64,
-    ) -> Result<()> {
+    fn keep_tail_hole(&mut self, file: &Keeping<'_>, start: u64) -> Result<()> {
         let block = BLOCK as u64;
         let last = start / block;
-        if start >= size.next_multiple_of(block) {
+        if start >= file.size.next_multiple_of(block) {
             return Ok(());
         }
-        let data = self.engine.backing.seek(fd, last * block, false)?;
-        if data.is_some_and(|at| at < size) {
+        let data = self.engine.backing.seek(file.fd, last * block, false)?;
+        if data.is_some_and(|at| at < file.size) {
             return Ok(());
         }
-        self.keep_chunk(object, fd, aim, size, last, last + 1)
+        self.keep_chunk(file, last, last + 1)
     }
 
     /// Keeps the blocks `from..to` of one chunk that are not kept yet.
-    fn keep_chunk(
-        &mut self,
-        object: &Object,
-        fd: BorrowedFd<'_>,
-        aim: Aim,
-        size: u64,
-        from: u64,
-        to: u64,
-    ) -> Result<()> {
+    fn keep_chunk(&mut self, file: &Keeping<'_>, from: u64, to: u64) -> Result<()> {
         let chunk = from / CHUNK_BLOCKS;
         let engine = self.engine;
-        let kept = self.kept(object)?;
+        let kept = self.kept(file.object)?;
         let mut map = match kept.chunks.get(&chunk) {
             Some(map) => *map,
             None if kept.fresh => [0; 4],
-            None => engine.store.kept_blocks(object.ino(), aim.base, chunk)?,
+            None => engine
+                .store
+                .kept_blocks(file.object.ino(), file.aim.base, chunk)?,
         };
         let mut block = from;
         while block < to {
@@ -317,31 +319,22 @@ impl<'a> Op<'a> {
                 set_bit(&mut map, block);
                 block += 1;
             }
-            self.keep_run(object, fd, aim, size, start, block)?;
+            self.keep_run(file, start, block)?;
         }
         // Only now: a run that failed must not count as kept.
-        self.kept(object)?.chunks.insert(chunk, map);
+        self.kept(file.object)?.chunks.insert(chunk, map);
         Ok(())
     }
 
     /// Keeps the blocks `from..to`, none of which is kept yet, with their holes as holes.
-    fn keep_run(
-        &mut self,
-        object: &Object,
-        fd: BorrowedFd<'_>,
-        aim: Aim,
-        size: u64,
-        from: u64,
-        to: u64,
-    ) -> Result<()> {
+    fn keep_run(&mut self, file: &Keeping<'_>, from: u64, to: u64) -> Result<()> {
         let backing = &self.engine.backing;
         let block = BLOCK as u64;
-        let pieces = data_map(backing, fd, from * block, (to * block).min(size))?;
+        let pieces = data_map(backing, file.fd, from * block, (to * block).min(file.size))?;
         for (first, last, data) in block_map(&pieces, from, to) {
             if !data {
                 self.append_extent(
-                    object,
-                    aim,
+                    file,
                     first,
                     ExtentData::Hole {
                         blocks: last - first,
@@ -350,33 +343,28 @@ impl<'a> Op<'a> {
                 continue;
             }
             let mut buf = vec![0; ((last - first) * block) as usize];
-            match backing.read(fd, first * block, &mut buf) {
+            match backing.read(file.fd, first * block, &mut buf) {
                 // A descriptor opened for writing only.
                 Err(Error::Os(Errno::BADF)) => {
-                    let readable = backing.open_object(&object.entry, OFlags::RDONLY)?;
+                    let readable = backing.open_object(&file.object.entry, OFlags::RDONLY)?;
                     backing.read(readable.as_fd(), first * block, &mut buf)?;
                 }
                 other => drop(other?),
             }
-            self.append_extent(object, aim, first, ExtentData::Bytes(&buf))?;
+            self.append_extent(file, first, ExtentData::Bytes(&buf))?;
         }
         Ok(())
     }
 
     fn append_extent(
         &mut self,
-        object: &Object,
-        aim: Aim,
+        file: &Keeping<'_>,
         first: u64,
         data: ExtentData<'_>,
     ) -> Result<()> {
-        self.appended = Some(self.engine.store.keep_extent(
-            object.ino(),
-            aim.label,
-            first,
-            data,
-        )?);
-        self.kept(object)?.note(aim.label);
+        let (ino, label) = (file.object.ino(), file.aim.label);
+        self.appended = Some(self.engine.store.keep_extent(ino, label, first, data)?);
+        self.kept(file.object)?.note(label);
         Ok(())
     }
 
