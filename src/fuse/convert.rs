@@ -116,6 +116,20 @@ pub(super) fn caller(req: &Request, umask: u32) -> Caller {
     }
 }
 
+/// Whether the caller belongs to `group`. fuser 0.18 does not ask for the flag that says so
+/// (`FUSE_SETXATTR_EXT`), so the caller's supplementary groups are looked up; a caller that cannot be seen
+/// counts as no member.
+pub(super) fn is_member(req: &Request, group: u32) -> bool {
+    let listed = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", req.pid())).ok()?;
+        let groups = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Groups:"))?;
+        Some(groups.split_whitespace().any(|id| id.parse() == Ok(group)))
+    };
+    req.gid() == group || listed().unwrap_or(false)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,6 +6,7 @@
 mod convert;
 pub mod flush;
 mod pool;
+mod reply;
 mod session;
 mod status;
 
@@ -13,11 +14,10 @@ pub use session::serve;
 
 use crate::config::MountConfig;
 use crate::engine::Engine;
-use crate::engine::attr::{Attr, SetAttr};
-use crate::engine::dir::Line;
-use crate::engine::handle::{LiveFile, OpenDir, OpenFile};
+use crate::engine::attr::SetAttr;
+use crate::engine::handle::{LiveFile, OpenFile};
 use crate::engine::names::Make;
-use crate::engine::object::{Node, ROOT_NODE, folder_node, unreachable_node};
+use crate::engine::object::Node;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU32, Ordering};
 use convert::{caller, decode_dev, errno, file_attr, file_type, set_time};
@@ -28,6 +28,7 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use pool::Pool;
+use reply::{answer, reply_xattr};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -64,16 +65,6 @@ struct Adapter {
 /// The handle that the flush helper gets: it stands for no open file.
 const HELPER_HANDLE: FileHandle = FileHandle(0);
 
-/// Replies with what `$ok` makes of the value of `$result`, or with its errno.
-macro_rules! answer {
-    ($reply:expr, $result:expr, $value:pat => $ok:expr) => {
-        match $result {
-            Ok($value) => $ok,
-            Err(error) => $reply.error(errno(&error)),
-        }
-    };
-}
-
 impl Adapter {
     fn new(engine: Arc<Engine>, config: MountConfig, helper_pid: Arc<AtomicU32>) -> Result<Self> {
         Ok(Self {
@@ -93,33 +84,6 @@ impl Adapter {
 
     fn live_file(&self, fh: FileHandle) -> Result<Arc<OpenFile>> {
         self.engine.file(fh.0)
-    }
-
-    /// How long the entry and the attributes of what was found in `parent` hold. A snapshot's name may come
-    /// to mean another, and the folder's own times change.
-    fn lifetimes(&self, parent: &Node, attr: &Attr) -> (Duration, Duration) {
-        match parent {
-            Node::Folder(_) => (FOREVER, Duration::ZERO),
-            Node::Live(dir) if attr.node == folder_node(self.engine.nodes.live_id(dir.ino())) => {
-                (Duration::ZERO, Duration::ZERO)
-            }
-            _ => (FOREVER, FOREVER),
-        }
-    }
-
-    fn attr_lifetime(node: &Node) -> Duration {
-        if matches!(node, Node::Folder(_)) {
-            Duration::ZERO
-        } else {
-            FOREVER
-        }
-    }
-
-    fn reply_entry(&self, reply: ReplyEntry, parent: &Node, result: Result<Attr>) {
-        answer!(reply, result, attr => {
-            let (attr_ttl, entry_ttl) = self.lifetimes(parent, &attr);
-            reply.entry_with_ttls(&attr_ttl, &entry_ttl, &file_attr(&attr, attr.node), Generation(0));
-        });
     }
 
     fn make(
@@ -183,20 +147,6 @@ fn writable(file: &OpenFile) -> Result<&LiveFile> {
 /// SETATTR, FALLOCATE and COPY_FILE_RANGE.
 fn kills_priv(req: &Request) -> bool {
     req.uid() != 0
-}
-
-/// Whether the caller belongs to `group`. fuser 0.18 does not ask for the flag that says so
-/// (`FUSE_SETXATTR_EXT`), so the caller's supplementary groups are looked up; a caller that cannot be seen
-/// counts as no member.
-fn is_member(req: &Request, group: u32) -> bool {
-    let listed = || {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", req.pid())).ok()?;
-        let groups = status
-            .lines()
-            .find_map(|line| line.strip_prefix("Groups:"))?;
-        Some(groups.split_whitespace().any(|id| id.parse() == Ok(group)))
-    };
-    req.gid() == group || listed().unwrap_or(false)
 }
 
 impl Filesystem for Adapter {
@@ -636,7 +586,7 @@ impl Filesystem for Adapter {
         let done = self.node(ino).and_then(|node| {
             let kill = name == ACL_XATTR && kills_priv(req) && {
                 let group = self.engine.getattr(&node, None)?.image.gid;
-                !is_member(req, group)
+                !convert::is_member(req, group)
             };
             self.engine
                 .setxattr(&node, name.as_bytes(), value, flags, kill)
@@ -755,68 +705,4 @@ impl Filesystem for Adapter {
         // What a filesystem without the command answers (ioctl(2)).
         reply.error(Errno::ENOTTY);
     }
-}
-
-impl Adapter {
-    /// Adds a line with its attributes; false if there was no room.
-    fn add_plus(&self, dir: &OpenDir, line: &Line, reply: &mut ReplyDirectoryPlus) -> Result<bool> {
-        let name = OsStr::from_bytes(&line.name);
-        if line.name == b"." || line.name == b".." {
-            // The kernel takes no reference from these two (fuse_direntplus_link of fs/fuse/readdir.c).
-            let attr = self.engine.getattr(&self.engine.node(ROOT_NODE)?, None)?;
-            let mut attr = file_attr(&attr, line.ino);
-            attr.kind = fuser::FileType::Directory;
-            return Ok(!reply.add(
-                INodeNo(line.ino),
-                line.next,
-                name,
-                &Duration::ZERO,
-                &attr,
-                Generation(0),
-            ));
-        }
-        let attr = match self.engine.look_up_line(dir, line) {
-            Ok(Some(attr)) => attr,
-            Ok(None) => return Ok(true),
-            Err(error) => {
-                // Listed all the same; who asks for it gets the error.
-                log::debug!("{name:?} in a listing: {error}");
-                let node = unreachable_node(line.ino);
-                let attr = file_attr(&Attr::of_kind(node, line.kind), node);
-                return Ok(!reply.add(
-                    INodeNo(node),
-                    line.next,
-                    name,
-                    &Duration::ZERO,
-                    &attr,
-                    Generation(0),
-                ));
-            }
-        };
-        let ttl = if matches!(dir, OpenDir::Folder(_)) {
-            Duration::ZERO
-        } else {
-            FOREVER
-        };
-        let full = reply.add(
-            INodeNo(attr.node),
-            line.next,
-            name,
-            &ttl,
-            &file_attr(&attr, attr.node),
-            Generation(0),
-        );
-        if full {
-            self.engine.nodes.forget(attr.node, 1);
-        }
-        Ok(!full)
-    }
-}
-
-fn reply_xattr(reply: ReplyXattr, value: Result<Vec<u8>>, size: u32) {
-    answer!(reply, value, value => match size as usize {
-        0 => reply.size(value.len() as u32),
-        room if value.len() <= room => reply.data(&value),
-        _ => reply.error(Errno::ERANGE),
-    });
 }
