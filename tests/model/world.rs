@@ -622,53 +622,53 @@ impl World {
         let Some((path, id)) = self.pick_file(file) else {
             return Ok(());
         };
-        let engine = self.engine();
         let mode = libc::FALLOC_FL_KEEP_SIZE
             | if punch {
                 libc::FALLOC_FL_PUNCH_HOLE
             } else {
                 libc::FALLOC_FL_ZERO_RANGE
             };
-        self.on_file(&path, |live| {
-            engine.fallocate(live, mode, at.into(), len.into(), false)
-        })?;
-        let data = self.live.data_mut(id);
-        let end = data.len().min((at + len) as usize);
-        if (at as usize) < end {
-            data[at as usize..end].fill(0);
+        if self.fallocate(&path, mode, at.into(), len.into())? {
+            let data = self.live.data_mut(id);
+            let end = data.len().min((at + len) as usize);
+            if (at as usize) < end {
+                data[at as usize..end].fill(0);
+            }
         }
         Ok(())
+    }
+
+    /// False where the backing filesystem does not have the mode.
+    fn fallocate(&self, path: &[Name], mode: i32, at: u64, len: u64) -> Result<bool, String> {
+        let engine = self.engine();
+        self.on_file(path, |live| {
+            match engine.fallocate(live, mode, at, len, false) {
+                Err(error) if error.errno() == rustix::io::Errno::OPNOTSUPP => Ok(false),
+                other => other.map(|()| true),
+            }
+        })
     }
 
     fn shift(&mut self, file: usize, at: u8, len: u8, insert: bool) -> Check {
         let Some((path, id)) = self.pick_file(file) else {
             return Ok(());
         };
-        let engine = self.engine();
         let (at, len) = (usize::from(at) * 4096, usize::from(len) * 4096);
-        let data = self.live.data_mut(id);
+        let size = self.live.data_mut(id).len();
         // fallocate(2): what is inserted or collapsed must lie before the end of the file.
-        let fits = if insert {
-            at < data.len()
-        } else {
-            at + len < data.len()
+        let (fits, mode) = match insert {
+            true => (at < size, libc::FALLOC_FL_INSERT_RANGE),
+            false => (at + len < size, libc::FALLOC_FL_COLLAPSE_RANGE),
         };
-        if !fits {
-            return Ok(());
+        if fits && self.fallocate(&path, mode, at as u64, len as u64)? {
+            let data = self.live.data_mut(id);
+            if insert {
+                data.splice(at..at, vec![0; len]);
+            } else {
+                data.drain(at..at + len);
+            }
         }
-        if insert {
-            data.splice(at..at, vec![0; len]);
-        } else {
-            data.drain(at..at + len);
-        }
-        let mode = if insert {
-            libc::FALLOC_FL_INSERT_RANGE
-        } else {
-            libc::FALLOC_FL_COLLAPSE_RANGE
-        };
-        self.on_file(&path, |live| {
-            engine.fallocate(live, mode, at as u64, len as u64, false)
-        })
+        Ok(())
     }
 
     fn copy(&mut self, from: usize, to: usize, at: u32, into: u32, len: u32) -> Check {
