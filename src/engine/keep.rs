@@ -265,7 +265,7 @@ impl<'a> Op<'a> {
             size,
         };
         if start >= size {
-            return self.keep_tail_hole(&file, start);
+            return self.keep_tail_hole(&file);
         }
         let end = end.min(size);
         if start >= end {
@@ -280,15 +280,19 @@ impl<'a> Op<'a> {
         Ok(())
     }
 
-    /// A write past the end that the cut had changes no byte of the snapshot. But where it falls into the
-    /// last block, and that is a hole, the snapshot's hole would come to be data (C5).
-    fn keep_tail_hole(&mut self, file: &Keeping<'_>, start: u64) -> Result<()> {
-        let block = BLOCK as u64;
-        let last = start / block;
-        if start >= file.size.next_multiple_of(block) {
+    /// A change past the end that the cut had changes no byte of the snapshot. But the last block, if it is a
+    /// hole, may come to be data: by a write into it, or because the filesystem fills it with zeros when the
+    /// file grows (C5).
+    fn keep_tail_hole(&mut self, file: &Keeping<'_>) -> Result<()> {
+        let kept = self.kept(file.object)?;
+        if std::mem::replace(&mut kept.tail_looked_at, true)
+            || file.size.is_multiple_of(BLOCK as u64)
+        {
             return Ok(());
         }
-        let data = self.engine.backing.seek(file.fd, last * block, false)?;
+        let last = file.size / BLOCK as u64;
+        let at = last * BLOCK as u64;
+        let data = self.engine.backing.seek(file.fd, at, false)?;
         if data.is_some_and(|at| at < file.size) {
             return Ok(());
         }

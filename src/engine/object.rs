@@ -76,6 +76,9 @@ pub struct Kept {
     pub birth: Option<Epoch>,
     /// Size at the cut, once the attributes are kept.
     pub attr: Known<u64>,
+    /// Whether the last block that the cut had was looked at for a hole. If it was data then, it cannot become
+    /// a hole without being kept.
+    pub tail_looked_at: bool,
     /// Bit maps of the blocks kept, by chunk; a chunk not listed is unknown, or empty if `fresh`.
     pub chunks: HashMap<u64, [u64; 4]>,
     /// The index holds nothing of this object that is labelled `base` or later but what is listed here.
@@ -100,6 +103,7 @@ impl Kept {
             seen,
             birth,
             attr: Known::Unknown,
+            tail_looked_at: false,
             chunks: HashMap::new(),
             fresh: false,
         }
@@ -117,6 +121,7 @@ impl Kept {
         } else {
             Known::Unknown
         };
+        self.tail_looked_at = false;
         self.chunks = HashMap::new();
     }
 

@@ -1,7 +1,8 @@
 //! The engine against a reference that is obviously right: a tree in memory, of which a snapshot is a deep
 //! clone. Random operations with every kind of interruption; no mount.
 //!
-//! `COWFS_SEED` (64 hex digits) repeats a run, `COWFS_MODEL_CASES` changes its length.
+//! `COWFS_SEED` (64 hex digits) repeats a run, `COWFS_MODEL_CASES` changes its length,
+//! `COWFS_MODEL_SHRINK` how long it looks for a shorter case that fails.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -12,6 +13,8 @@ mod world;
 use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, any};
 use proptest::test_runner::{RngAlgorithm, TestCaseError, TestRng, TestRunner};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use world::{Op, World, op};
 
 /// Operations of one case.
@@ -40,12 +43,22 @@ fn seed() -> [u8; 32] {
     seed
 }
 
-fn run(cases: u32, in_memory_index: bool) {
-    let cases = std::env::var("COWFS_MODEL_CASES").map_or(cases, |n| n.parse().unwrap());
+fn number(name: &str, default: u32) -> u32 {
+    std::env::var(name).map_or(default, |n| n.parse().unwrap())
+}
+
+/// Where the backing directories go.
+fn base() -> PathBuf {
+    std::env::var_os("COWFS_TEST_DIR")
+        .map_or_else(|| env!("CARGO_TARGET_TMPDIR").into(), PathBuf::from)
+}
+
+fn run(cases: u32, in_memory_index: bool, base: &Path) {
+    let cases = number("COWFS_MODEL_CASES", cases);
     let config = ProptestConfig {
         cases,
         failure_persistence: None,
-        max_shrink_iters: 2000,
+        max_shrink_iters: number("COWFS_MODEL_SHRINK", 2000),
         ..ProptestConfig::default()
     };
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed());
@@ -54,7 +67,7 @@ fn run(cases: u32, in_memory_index: bool) {
     let ops = (vec(op(), OPS / 2..OPS * 3 / 2), any::<bool>());
     let outcome = runner.run(&ops, |(ops, strict): (Vec<Op>, bool)| {
         count.set(count.get() + ops.len());
-        let mut world = World::new(in_memory_index, strict);
+        let mut world = World::new(base, in_memory_index, strict);
         for op in &ops {
             world
                 .apply(op)
@@ -70,10 +83,63 @@ fn run(cases: u32, in_memory_index: bool) {
 
 #[test]
 fn random_operations_with_the_index_on_disk() {
-    run(CASES / 3, false);
+    run(CASES / 3, false, &base());
 }
 
 #[test]
 fn random_operations_with_the_index_in_memory() {
-    run(CASES - CASES / 3, true);
+    run(CASES - CASES / 3, true, &base());
+}
+
+/// A filesystem of its own in a file, unmounted when the value goes.
+struct Disk {
+    dir: tempfile::TempDir,
+}
+
+impl Disk {
+    fn new(mkfs: &[&str]) -> Self {
+        std::fs::create_dir_all(base()).unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("disk")
+            .tempdir_in(base())
+            .unwrap();
+        let (image, root) = (dir.path().join("image"), dir.path().join("root"));
+        let file = std::fs::File::create(&image).unwrap();
+        file.set_len(1 << 30).unwrap();
+        std::fs::create_dir(&root).unwrap();
+        let done = |command: &mut Command| {
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{command:?}: {output:?}");
+        };
+        done(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image));
+        done(
+            Command::new("mount")
+                .args(["-o", "loop"])
+                .args([&image, &root]),
+        );
+        Self { dir }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("root")
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let status = Command::new("umount").arg("-l").arg(self.root()).status();
+        if !status.is_ok_and(|status| status.success()) {
+            eprintln!("{} cannot be unmounted", self.root().display());
+        }
+    }
+}
+
+#[test]
+fn random_operations_on_xfs() {
+    run(CASES / 24, true, &Disk::new(&["mkfs.xfs", "-q"]).root());
+}
+
+#[test]
+fn random_operations_on_btrfs() {
+    run(CASES / 24, true, &Disk::new(&["mkfs.btrfs", "-q"]).root());
 }

@@ -225,9 +225,8 @@ fn text(error: Error) -> String {
 }
 
 impl World {
-    pub fn new(in_memory_index: bool, strict: bool) -> Self {
-        let base =
-            std::env::var("COWFS_TEST_DIR").unwrap_or_else(|_| env!("CARGO_TARGET_TMPDIR").into());
+    pub fn new(base: &std::path::Path, in_memory_index: bool, strict: bool) -> Self {
+        std::fs::create_dir_all(base).unwrap();
         let dir = tempfile::Builder::new()
             .prefix("model")
             .tempdir_in(base)
