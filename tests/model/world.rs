@@ -14,7 +14,7 @@ use cowfs::sync::Arc;
 use proptest::prelude::*;
 use rustix::fs::RenameFlags;
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Operands are indices into what there is at the time, so that a shortened case stays valid; names are few,
 /// so that they collide.
@@ -265,8 +265,25 @@ impl World {
                 log_area: 64 << 10,
             },
         };
-        self.engine = Some(Engine::open(self.dir.path(), options).map_err(text)?);
-        Ok(())
+        // Another test of this process may just be starting a program, which holds the lock of the directory
+        // for a moment, until it is that program.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            match Engine::open(self.dir.path(), options.clone()) {
+                Ok(engine) => {
+                    self.engine = Some(engine);
+                    return Ok(());
+                }
+                Err(error) => {
+                    let locked = error.to_string();
+                    let locked = locked.contains("already") || locked.contains("in use");
+                    if !locked || Instant::now() > deadline {
+                        return Err(text(error));
+                    }
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+        }
     }
 
     fn close(&mut self, cleanly: bool) -> Check {

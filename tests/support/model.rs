@@ -464,9 +464,10 @@ impl State {
         }
     }
 
-    /// The first of the two requests that the kernel makes of a write which begins inside a page that it has
-    /// not read and goes beyond it. (`None` for everything else, which is one request.)
-    pub(crate) fn first_request(&self, op: &Op) -> Option<Op> {
+    /// What may be there of a write when the daemon was killed in the middle of it: the beginning of it up to
+    /// some page. The kernel makes two requests of a write that begins inside a page that it has not read, and
+    /// the backing filesystem ends a write of a killed process between two pages. (Empty for everything else.)
+    pub(crate) fn beginnings(&self, op: &Op) -> Vec<Op> {
         let (path, at, len, stamp) = match op {
             Op::Write {
                 path,
@@ -475,15 +476,19 @@ impl State {
                 fill,
             } => (path, *at, *len, *fill),
             Op::Append { path, len, fill } => (path, self.size(path) as u64, *len, *fill),
-            _ => return None,
+            _ => return Vec::new(),
         };
-        let head = usize::try_from(at.next_multiple_of(4096) - at).unwrap();
-        (0 < head && head < len).then(|| Op::Write {
-            path: path.clone(),
-            at,
-            len: head,
-            fill: stamp,
-        })
+        let end = at + len as u64;
+        let first = (at + 1).next_multiple_of(4096);
+        (first..end)
+            .step_by(4096)
+            .map(|cut| Op::Write {
+                path: path.clone(),
+                at,
+                len: usize::try_from(cut - at).unwrap(),
+                fill: stamp,
+            })
+            .collect()
     }
 
     fn size(&self, path: &str) -> usize {
