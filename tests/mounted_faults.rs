@@ -200,6 +200,43 @@ fn trusted_attributes_are_not_listed_to_others() {
     );
 }
 
+/// On a full disk snapshots can still be deleted, which is how room is made, and the mount comes back.
+#[test]
+fn snapshots_are_deleted_on_a_full_disk() {
+    let mount = Mount::on_own_disk("full", LIMIT, 96);
+    let file = open_rw(&mount.mnt.join("f"));
+    file.write_all_at(&vec![0; 16 << 20], 0).unwrap();
+    let mut cuts = 0_u8;
+    let full = 'fill: loop {
+        mount.snapshot(&format!("s{cuts}"));
+        cuts += 1;
+        for at in 0..16 {
+            if let Err(error) = file.write_all_at(&vec![cuts; 1 << 20], at << 20) {
+                break 'fill error;
+            }
+        }
+        assert!(cuts < 20, "the disk does not fill");
+    };
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    drop(file);
+    mount.remount();
+    for cut in 0..cuts {
+        let seen = fs::read(mount.snapshot_path(format!("s{cut}")).join("f")).unwrap();
+        assert!(seen.iter().all(|byte| *byte == cut), "s{cut} changed");
+        fs::remove_dir(mount.snapshot_path(format!("s{cut}"))).unwrap();
+    }
+    let file = open_rw(&mount.mnt.join("f"));
+    for _ in 0..100 {
+        mount.snapshot("after");
+        if file.write_all_at(&vec![99; 16 << 20], 0).is_ok() {
+            return;
+        }
+        fs::remove_dir(mount.snapshot_path("after")).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    panic!("no room was made");
+}
+
 /// A hole of terabytes costs nothing to read from a snapshot, and stays a hole there.
 #[test]
 fn a_sparse_file_of_terabytes_is_kept() {

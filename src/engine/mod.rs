@@ -90,6 +90,8 @@ impl Engine {
             Some(path) => path.clone(),
             None => backing.hidden_path().join("store"),
         };
+        // The index may want room that only the reserve has; upkeep sets it aside again.
+        backing.drop_reserve();
         let store = Store::open(&store_path, options.tuning)?;
         recover::pair(&backing, &store, options.store.as_deref())?;
         let root = backing.root_entry().ino;

@@ -62,6 +62,15 @@ pub fn retained(engine: &Engine) -> Result<()> {
             None => engine.store.forget_retained(record.ino)?,
         }
     }
+    // Without a snapshot nothing among the retained is needed, whatever the records say.
+    if engine.snapshots.epochs().is_empty() && engine.store.snapshots().is_empty() {
+        for ino in engine.backing.all_retained()? {
+            if let Some(found) = engine.backing.find_retained(ino)? {
+                let directory = found.entry.kind == libc::DT_DIR;
+                engine.backing.release_retained(ino, directory)?;
+            }
+        }
+    }
     Ok(())
 }
 

@@ -164,7 +164,13 @@ impl Engine {
             snapshot
         };
         // Not under the lock: a cut does not wait for the journal of a deletion.
-        let deleted = self.store.delete_snapshot(snapshot.info.epoch);
+        let mut deleted = self.store.delete_snapshot(snapshot.info.epoch);
+        // Deleting is how space is made, so it must not fail for want of space.
+        if matches!(&deleted, Err(error) if error.errno() == Errno::NOSPC)
+            && self.backing.drop_reserve()
+        {
+            deleted = self.store.delete_snapshot(snapshot.info.epoch);
+        }
         let _cut = self.cut.lock();
         if let Err(error) = &deleted {
             let gone = self.store.snapshots().iter().any(|info| {

@@ -73,6 +73,7 @@ impl Upkeep {
 
 /// Starts the thread of `engine`, which holds the engine until [`Engine::close`].
 pub(super) fn start(engine: &Arc<Engine>, interval: Duration) -> Result<()> {
+    engine.backing.keep_reserve();
     let own = engine.clone();
     let thread = std::thread::Builder::new()
         .name("cowfs-upkeep".into())
@@ -95,6 +96,7 @@ impl Engine {
         if self.store.memtable_bytes() > CHECKPOINT_BYTES {
             self.store.checkpoint()?;
         }
+        self.backing.keep_reserve();
         while self.snapshots.dead_are_unread() && self.store.reclaim(&|dead| self.release(dead))? {
             if self.upkeep.stopping() {
                 break;
@@ -106,15 +108,25 @@ impl Engine {
 
     /// Frees a retained object that no snapshot shows any more.
     fn release(&self, dead: &Retained) -> Result<()> {
-        if let Some(Node::Live(object)) = self.nodes.get(self.nodes.live_id(dead.ino)) {
-            // Still open, or known to the kernel: its number must not be reused yet.
-            let mut pin = object.pin.lock();
-            if pin.is_none() {
-                *pin = Some(Arc::new(
-                    self.backing.open_object(&object.entry, OFlags::PATH)?,
-                ));
-            }
+        let known = self.nodes.get(self.nodes.live_id(dead.ino));
+        let Some(Node::Live(object)) = known else {
+            return self.release_if_same(dead);
+        };
+        // The operation that made the record may still be about to move the object: its lock is waited for,
+        // or what it moves would stay without a record.
+        let _held = object.lock();
+        // Still open, or known to the kernel: its number must not be reused yet.
+        let mut pin = object.pin.lock();
+        if pin.is_none() {
+            *pin = Some(Arc::new(
+                self.backing.open_object(&object.entry, OFlags::PATH)?,
+            ));
         }
+        drop(pin);
+        self.release_if_same(dead)
+    }
+
+    fn release_if_same(&self, dead: &Retained) -> Result<()> {
         // After the loss of an index the record may be of an earlier object of that number.
         match self.backing.find_retained(dead.ino)? {
             Some(found) if found.entry.handle == dead.handle => self

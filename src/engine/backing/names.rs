@@ -8,6 +8,11 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFl
 use rustix::io::Errno;
 use std::mem::MaybeUninit;
 
+/// Name of the reserve in the hidden directory.
+const RESERVE: &str = "reserve";
+/// Enough for the records of some hundred deletions and for an index of its smallest size.
+const RESERVE_BYTES: u64 = 8 << 20;
+
 impl Backing {
     /// Creates a regular file that must not exist, and opens it.
     pub fn create(
@@ -105,6 +110,42 @@ impl Backing {
     /// What is among the retained under `ino`.
     pub fn find_retained(&self, ino: Ino) -> Result<Option<Found>> {
         self.find(self.retained.as_fd(), &Self::retained_name(ino))
+    }
+
+    /// The numbers of all that is among the retained.
+    pub fn all_retained(&self) -> Result<Vec<Ino>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::openat(&self.retained, c".", flags, Mode::empty())?;
+        let mut buf = [MaybeUninit::uninit(); 8192];
+        let mut entries = RawDir::new(&dir, &mut buf);
+        let mut all = Vec::new();
+        while let Some(entry) = entries.next() {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            all.extend(u64::from_str_radix(&name, 16).map(Ino));
+        }
+        Ok(all)
+    }
+
+    // ---- the reserve: space to delete snapshots with, when there is none left
+
+    /// Sets the reserve aside if it is not there and there is room for it.
+    pub fn keep_reserve(&self) {
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let Ok(file) = rustix::fs::openat(&self.hidden, RESERVE, flags, Mode::from_raw_mode(0o600))
+        else {
+            return;
+        };
+        let none = rustix::fs::FallocateFlags::empty();
+        if let Err(errno) = rustix::fs::fallocate(&file, none, 0, RESERVE_BYTES) {
+            log::debug!("no room for a reserve: {errno}");
+            self.drop_reserve();
+        }
+    }
+
+    /// Gives the reserve up. False if there is none.
+    pub fn drop_reserve(&self) -> bool {
+        rustix::fs::unlinkat(&self.hidden, RESERVE, AtFlags::empty()).is_ok()
     }
 
     /// Whether an open directory has no entries.
