@@ -84,12 +84,15 @@ impl Engine {
         }
     }
 
-    /// The planted bug: the epoch is read before the objects are locked, and nobody counts the reader.
+    /// The planted bug: the epoch is read long before the objects are locked, and not again.
     #[cfg(feature = "plant-epoch-before-lock")]
     fn planted_epoch(&self) -> Epoch {
-        let epoch = self.epochs.current();
-        std::thread::sleep(std::time::Duration::from_millis(3));
-        epoch
+        static CALLS: crate::sync::AtomicU64 = crate::sync::AtomicU64::new(0);
+        static READ: crate::sync::AtomicU64 = crate::sync::AtomicU64::new(0);
+        if CALLS.fetch_add(1, Ordering::SeqCst).is_multiple_of(64) {
+            READ.store(self.epochs.current().0, Ordering::SeqCst);
+        }
+        Epoch(READ.load(Ordering::SeqCst))
     }
 
     /// The newest snapshot not later than `epoch`, if pre-images have to be kept for one.
