@@ -1,5 +1,9 @@
 //! The options of a mount: parsed and validated once, here; everything further in trusts them.
 
+mod space;
+
+pub use space::{OnFull, Reserve, SpacePolicy};
+
 use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -31,6 +35,8 @@ pub enum CacheMode {
     /// Each `write(2)` reaches cowfs before it returns.
     #[default]
     WriteThrough,
+    /// The kernel holds writes back, and a cut has it give them up.
+    Writeback,
 }
 
 impl Durability {
@@ -50,6 +56,7 @@ impl CacheMode {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::WriteThrough => "write-through",
+            Self::Writeback => "writeback",
         }
     }
 }
@@ -81,6 +88,41 @@ pub struct MountOptions {
     pub sync_interval: Duration,
     /// What the mount table shows as the source, if not the path of the source.
     pub fsname: Option<OsString>,
+    /// How much space snapshots may take.
+    pub space: SpacePolicy,
+    /// Whoever may write to the root directory may create snapshots.
+    pub user_snapshots: bool,
+    /// The snapshot to mount by itself, in place of the live tree.
+    pub snapshot: Option<OsString>,
+    /// Change the flags of a mount that is there.
+    pub remount: bool,
+}
+
+impl MountOptions {
+    /// What a remount cannot change and these options name, if anything.
+    #[must_use]
+    pub fn fixed(&self) -> Option<&'static str> {
+        let standard = Self::default();
+        [
+            ("store", self.store.is_some()),
+            ("snapshot-dir", self.snapshot_dir != standard.snapshot_dir),
+            ("durability", self.durability != standard.durability),
+            ("cache", self.cache != standard.cache),
+            ("store-limit", self.space.limit.is_some()),
+            (
+                "store-reserve",
+                self.space.reserve != standard.space.reserve,
+            ),
+            ("on-full", self.space.on_full != standard.space.on_full),
+            ("user-snapshots", self.user_snapshots),
+            (
+                "sync-interval",
+                self.sync_interval != standard.sync_interval,
+            ),
+        ]
+        .into_iter()
+        .find_map(|(name, given)| given.then_some(name))
+    }
 }
 
 impl Default for MountOptions {
@@ -98,6 +140,36 @@ impl Default for MountOptions {
             cache: CacheMode::default(),
             sync_interval: DEFAULT_SYNC_INTERVAL,
             fsname: None,
+            space: SpacePolicy::default(),
+            user_snapshots: false,
+            snapshot: None,
+            remount: false,
+        }
+    }
+}
+
+impl MountOptions {
+    /// Refuses what has no meaning for the mount of a snapshot: that is up to the live mount.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] with the name of the first such option that is set to other than its default.
+    pub fn check_for_snapshot(&self) -> Result<()> {
+        let default = Self::default();
+        let of_live = [
+            (self.store != default.store, "store"),
+            (self.snapshot_dir != default.snapshot_dir, "snapshot-dir"),
+            (self.durability != default.durability, "durability"),
+            (self.sync_interval != default.sync_interval, "sync-interval"),
+            (self.space.limit.is_some(), "store-limit"),
+            (self.space.reserve != default.space.reserve, "store-reserve"),
+            (self.space.on_full != default.space.on_full, "on-full"),
+            (self.user_snapshots, "user-snapshots"),
+        ];
+        match of_live.iter().find(|(set, _)| *set) {
+            Some((_, name)) => Err(Error::Usage(format!(
+                "mount option \"{name}\" belongs to the mount of the live tree, not to that of a snapshot"
+            ))),
+            None => Ok(()),
         }
     }
 }
@@ -131,6 +203,10 @@ pub struct MountConfig {
     pub cache: CacheMode,
     /// How often the journal is synced in the background.
     pub sync_interval: Duration,
+    /// How much space snapshots may take.
+    pub space: SpacePolicy,
+    /// Whoever may write to the root directory may create snapshots.
+    pub user_snapshots: bool,
     /// What the mount table shows as the source.
     pub fsname: OsString,
 }
@@ -157,6 +233,8 @@ impl MountConfig {
             durability: options.durability,
             cache: options.cache,
             sync_interval: options.sync_interval,
+            space: options.space,
+            user_snapshots: options.user_snapshots,
         }
     }
 
@@ -206,6 +284,17 @@ impl MountConfig {
         put("cache", Some(self.cache.as_str().as_ref()));
         let interval = self.sync_interval.as_millis().to_string();
         put("sync-interval", Some(interval.as_ref()));
+        if let Some(limit) = self.space.limit {
+            put("store-limit", Some(limit.to_string().as_ref()));
+        }
+        let reserve = self.space.reserve.to_string();
+        put("store-reserve", Some(reserve.as_ref()));
+        put("on-full", Some(self.space.on_full.as_str().as_ref()));
+        let users = match self.user_snapshots {
+            true => "user-snapshots",
+            false => "no-user-snapshots",
+        };
+        put(users, None);
         put("fsname", Some(&self.fsname));
         OsString::from_vec(out)
     }
@@ -213,10 +302,12 @@ impl MountConfig {
 
 /// The options that cowfs knows, as an error message lists them.
 pub const KNOWN_OPTIONS: &str = "ro, rw, allow_other, no_allow_other, nosuid, nodev, noexec, noatime, \
-    store=DIR, snapshot-dir=NAME, durability=ordered|strict, cache=write-through, sync-interval=MS, \
-    fsname=NAME; ignored as mount(8) and fstab use them: defaults, auto, noauto, nofail, user, users, \
+    snapshot=NAME, store=DIR, store-limit=SIZE, store-reserve=SIZE|N%, on-full=drop|invalidate|enospc, \
+    user-snapshots, no-user-snapshots, snapshot-dir=NAME, durability=ordered|strict, cache=write-through|writeback, \
+    sync-interval=MS, \
+    fsname=NAME, remount; ignored as mount(8) and fstab use them: defaults, auto, noauto, nofail, user, users, \
     nouser, owner, group, _netdev, async, relatime, nodiratime, strictatime, lazytime, \
-    default_permissions, comment=TEXT, x-*";
+    default_permissions, user_id=UID, group_id=GID, comment=TEXT, x-*";
 
 /// Options of mount(8) and fstab that change nothing here.
 const IGNORED: &[&[u8]] = &[
@@ -294,9 +385,16 @@ fn apply(options: &mut MountOptions, item: &[u8]) -> Result<()> {
         (b"durability", Some(value)) => options.durability = durability(value)?,
         (b"cache", Some(value)) => options.cache = cache(value)?,
         (b"sync-interval", Some(value)) => options.sync_interval = sync_interval(value)?,
+        (b"store-limit", Some(value)) => options.space.limit = Some(space::limit(value)?),
+        (b"store-reserve", Some(value)) => options.space.reserve = space::reserve(value)?,
+        (b"on-full", Some(value)) => options.space.on_full = space::on_full(value)?,
+        (b"user-snapshots", None) => options.user_snapshots = true,
+        (b"no-user-snapshots", None) => options.user_snapshots = false,
         (b"fsname", Some(value)) => options.fsname = Some(fsname(value)?),
+        (b"snapshot", Some(value)) => options.snapshot = Some(snapshot(value)?),
         (
-            b"store" | b"snapshot-dir" | b"durability" | b"cache" | b"sync-interval" | b"fsname",
+            b"store" | b"store-limit" | b"store-reserve" | b"on-full" | b"snapshot-dir"
+            | b"durability" | b"cache" | b"sync-interval" | b"fsname" | b"snapshot",
             None,
         ) => {
             return Err(Error::Usage(format!(
@@ -304,12 +402,9 @@ fn apply(options: &mut MountOptions, item: &[u8]) -> Result<()> {
                 lossy(name)
             )));
         }
-        (b"remount", None) => {
-            return Err(Error::Usage(
-                "mount option \"remount\" is not supported; `cowfs umount` and mount anew".into(),
-            ));
-        }
-        (b"comment", _) => {}
+        (b"remount", None) => options.remount = true,
+        // What the mount table shows, and mount(8) gives back for a remount, is a word on the mounter.
+        (b"comment", _) | (b"user_id" | b"group_id", Some(_)) => {}
         (_, None) if IGNORED.contains(&name) => {}
         _ if name.starts_with(b"x-") || name.starts_with(b"X-") => {}
         _ => {
@@ -367,8 +462,9 @@ fn durability(value: &[u8]) -> Result<Durability> {
 fn cache(value: &[u8]) -> Result<CacheMode> {
     match value {
         b"write-through" => Ok(CacheMode::WriteThrough),
+        b"writeback" => Ok(CacheMode::Writeback),
         _ => Err(Error::Usage(format!(
-            "invalid cache mode {:?}; the only one of this release is write-through",
+            "invalid cache mode {:?}; choose write-through or writeback",
             lossy(value)
         ))),
     }
@@ -386,6 +482,17 @@ fn sync_interval(value: &[u8]) -> Result<Duration> {
                 lossy(value)
             ))
         })
+}
+
+fn snapshot(value: &[u8]) -> Result<OsString> {
+    let good = (1..=255).contains(&value.len())
+        && !value.contains(&b'/')
+        && !matches!(value, b"." | b"..");
+    if good {
+        Ok(OsStr::from_bytes(value).to_os_string())
+    } else {
+        Err(Error::SnapshotName(lossy(value)))
+    }
 }
 
 fn fsname(value: &[u8]) -> Result<OsString> {
@@ -423,6 +530,7 @@ mod tests {
         let options = parse_options(&[
             "ro,nosuid,nodev,noexec,noatime,no_allow_other,store=/var/x\\,y",
             "snapshot-dir=.snap,durability=strict,cache=write-through,sync-interval=20,fsname=data",
+            "store-limit=20G,store-reserve=5%,on-full=invalidate,user-snapshots",
         ])
         .unwrap();
         assert_eq!(
@@ -440,8 +548,37 @@ mod tests {
                 cache: CacheMode::WriteThrough,
                 sync_interval: Duration::from_millis(20),
                 fsname: Some("data".into()),
+                space: SpacePolicy {
+                    limit: Some(20 << 30),
+                    reserve: Reserve::Percent(5),
+                    on_full: OnFull::Invalidate,
+                },
+                user_snapshots: true,
+                snapshot: None,
+                remount: false,
             }
         );
+    }
+
+    #[test]
+    fn a_snapshot_has_a_name_and_few_options() {
+        let options = parse_options(&["snapshot=a\\,b,noatime,rw"]).unwrap();
+        assert_eq!(options.snapshot.as_deref(), Some(OsStr::new("a,b")));
+        options.check_for_snapshot().unwrap();
+        for name in ["", ".", "..", "a/b", &"x".repeat(256)] {
+            let error = parse_options(&[format!("snapshot={name}")]).unwrap_err();
+            assert_eq!(error.exit_code(), 7, "{name}");
+        }
+        for other in [
+            "store=/x",
+            "snapshot-dir=.s",
+            "durability=strict",
+            "sync-interval=5",
+        ] {
+            let options = parse_options(&[format!("snapshot=a,{other}")]).unwrap();
+            let error = options.check_for_snapshot().unwrap_err().to_string();
+            assert!(error.contains(other.split_once('=').unwrap().0), "{error}");
+        }
     }
 
     #[test]
@@ -458,13 +595,24 @@ mod tests {
     }
 
     #[test]
+    fn a_remount_knows_what_it_cannot_change() {
+        let fixed = |list: &str| parse_options(&[list]).unwrap().fixed();
+        assert_eq!(
+            fixed("rw,relatime,user_id=0,group_id=0,default_permissions,allow_other,remount,ro"),
+            None
+        );
+        assert_eq!(fixed("remount,store=/elsewhere"), Some("store"));
+        assert_eq!(fixed("remount,durability=strict"), Some("durability"));
+    }
+
+    #[test]
     fn wrong_options_are_named() {
         assert!(message("ro,bogus=1").contains("unknown mount option \"bogus=1\"; known: ro, rw,"));
         assert!(message("ro=1").contains("\"ro=1\""));
         assert!(message("store").contains("needs a value"));
-        assert!(message("cache=writeback").contains("only one of this release is write-through"));
+        assert!(message("cache=none").contains("write-through or writeback"));
         assert!(message("durability=none").contains("ordered or strict"));
-        assert!(message("remount,ro").contains("umount"));
+        assert!(message("remount=1").contains("\"remount=1\""));
         for interval in ["0", "-1", "1.5", "60001", "", "99999999999999999999"] {
             assert!(message(&format!("sync-interval={interval}")).contains("milliseconds"));
         }
@@ -483,7 +631,7 @@ mod tests {
     #[test]
     fn rendered_options_parse_to_the_same_config() {
         let odd = OsStr::from_bytes(b"/a,b\\c=d\xff\n e");
-        let mut options = parse_options(&["ro,noexec,sync-interval=7,durability=strict"]).unwrap();
+        let mut options = parse_options(&["ro,noexec,sync-interval=7,durability=strict,store-limit=1G,store-reserve=7%,on-full=enospc,user-snapshots"]).unwrap();
         options.store = Some(odd.into());
         options.fsname = Some(odd.into());
         options.snapshot_dir = b"sn,ap\\s=".to_vec();

@@ -14,19 +14,28 @@ use std::path::{Path, PathBuf};
 pub const STATUS_XATTR: &str = "user.cowfs.status";
 /// On `<mount>/<snapshot-dir>/<name>`: a [`SnapshotStatus`] as JSON.
 pub const SNAPSHOT_XATTR: &str = "user.cowfs.snapshot";
+/// Set on `<mount>/<snapshot-dir>/<name>`: `1` holds the snapshot, `0` lets it go.
+pub const HELD_XATTR: &str = "user.cowfs.held";
+/// Begins the name of a [`MountOrder`], asked of `<live mount>/<snapshot-dir>/<name>`.
+const MOUNT_XATTR: &str = "user.cowfs.mount.";
+/// On the root directory of a live mount, for root and the user whose daemon it is: looks the store over, and gives
+/// what was found as JSON, cut short to what fits.
+pub const CHECK_XATTR: &str = "user.cowfs.check";
 /// The type that the mount table shows.
 pub const FS_TYPE: &str = "fuse.cowfs";
 
 /// The largest value that an extended attribute can have.
-const XATTR_MAX: usize = 65536;
+pub const XATTR_MAX: usize = 65536;
 
 /// What a running mount says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Version of the daemon.
     pub version: String,
-    /// Process id of the daemon.
+    /// Process id of the daemon that serves the mount.
     pub pid: u32,
+    /// Process id of its keeper, which starts another if the daemon dies.
+    pub keeper: u32,
     /// The backing directory (bytes that are not UTF-8 replaced).
     pub source: String,
     /// The directory of the store.
@@ -53,12 +62,110 @@ pub struct Status {
     pub retained_files: u64,
     /// Open files and directories.
     pub open_files: u64,
+    /// How often the mount was taken over from a server that had died.
+    #[serde(default)]
+    pub takeovers: u32,
     /// Objects that the kernel knows.
     pub known_objects: u64,
     /// The newest cut of this daemon.
     pub last_cut: Option<CutStatus>,
     /// What was found damaged, one line each.
     pub damage: Vec<String>,
+    /// How full the store is.
+    #[serde(default)]
+    pub space: SpaceStatus,
+    /// The snapshots that may not be exact.
+    #[serde(default)]
+    pub suspect: Vec<String>,
+    /// The snapshot that the mount asked shows by itself; `None`: it shows the live tree.
+    #[serde(default)]
+    pub snapshot: Option<String>,
+    /// The snapshots that the daemon serves to mounts of their own.
+    #[serde(default)]
+    pub snapshot_mounts: Vec<SnapshotMount>,
+}
+
+/// How full the store is. Sizes are in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceStatus {
+    /// "ok", "filling", "nearly-full" or "full".
+    pub state: String,
+    /// "drop", "invalidate" or "enospc": what gives way when it is full.
+    pub on_full: String,
+    /// What the store and the retained files may take; `None`: no limit but the disk.
+    pub limit: Option<u64>,
+    /// What must stay free on the filesystem of the store.
+    pub reserve: u64,
+    /// What store and retained files take.
+    pub used: u64,
+    /// Of these, the retained files.
+    pub retained: u64,
+    /// What is free on the filesystem of the store.
+    pub free: u64,
+    /// What may still be kept.
+    pub left: u64,
+}
+
+/// A snapshot that is mounted by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotMount {
+    /// What the snapshot is called.
+    pub snapshot: String,
+    /// Number of the mounted filesystem, "major:minor" as in the mount table.
+    pub device: String,
+    /// Where it is mounted, as the daemon sees it; empty if it is in another mount namespace, or detached and
+    /// still in use.
+    pub mountpoints: Vec<String>,
+}
+
+/// The order to serve a snapshot to a mount of its own: the name of an extended attribute of the snapshot, whose
+/// value is the [`MountAnswer`]. The daemon takes the descriptor out of the process that asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountOrder {
+    /// The number of the descriptor of `/dev/fuse`, which is mounted already.
+    pub fd: i32,
+    /// The number of the mounted filesystem, "major:minor" as in the mount table.
+    pub device: String,
+}
+
+impl MountOrder {
+    /// The name of the attribute.
+    fn name(&self) -> String {
+        format!("{MOUNT_XATTR}{}.{}", self.fd, self.device)
+    }
+
+    /// The order that the name of an attribute is, if it is one.
+    #[must_use]
+    pub fn parse(name: &OsStr) -> Option<Self> {
+        let (fd, device) = name.to_str()?.strip_prefix(MOUNT_XATTR)?.split_once('.')?;
+        let (major, minor) = device.split_once(':')?;
+        let number = |text: &str| text.parse::<u32>().is_ok();
+        (number(major) && number(minor)).then_some(())?;
+        Some(Self {
+            fd: fd.parse().ok().filter(|fd| *fd >= 0)?,
+            device: device.into(),
+        })
+    }
+}
+
+/// What became of a [`MountOrder`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountAnswer {
+    /// The exit code for the command; 0: the mount is being served.
+    pub code: u8,
+    /// Why not, if it is not.
+    pub message: String,
+}
+
+impl MountAnswer {
+    /// The answer for one that failed.
+    #[must_use]
+    pub fn refused(error: &Error) -> Self {
+        Self {
+            code: error.exit_code(),
+            message: error.to_string(),
+        }
+    }
 }
 
 /// How long a cut took, in microseconds.
@@ -89,6 +196,9 @@ pub struct SnapshotStatus {
     pub held: bool,
     /// "ok", or what is wrong with it.
     pub state: String,
+    /// Why, if it is not "ok".
+    #[serde(default)]
+    pub why: Option<String>,
 }
 
 /// One line of the mount table.
@@ -171,12 +281,72 @@ pub fn find_mount(path: &Path) -> Result<PathBuf> {
 
 /// Asks the mount whose root directory is `root` for its status.
 pub fn status(root: &Path) -> Result<Status> {
-    query(root, STATUS_XATTR)
+    let mut status: Status = query(root, STATUS_XATTR)?;
+    // The daemon knows how it was mounted, the kernel what a remount has made of it.
+    let read_only = rustix::fs::statvfs(root)
+        .map_err(|errno| Error::io("cannot ask", root, &errno.into()))?
+        .f_flag
+        .contains(rustix::fs::StatVfsMountFlags::RDONLY);
+    match (status.state.as_str(), read_only) {
+        ("ok", true) => status.state = "read-only".into(),
+        ("read-only", false) => status.state = "ok".into(),
+        _ => {}
+    }
+    Ok(status)
 }
 
 /// Asks for the status of the snapshot whose root is `path` (`<mount>/<snapshot-dir>/<name>`).
 pub fn snapshot_status(path: &Path) -> Result<SnapshotStatus> {
     query(path, SNAPSHOT_XATTR)
+}
+
+/// Holds the snapshot whose root is `path`, or lets it go.
+///
+/// # Errors
+/// The errno of setxattr(2).
+pub fn hold(path: &Path, held: bool) -> std::result::Result<(), Errno> {
+    let value = if held { b"1" } else { b"0" };
+    rustix::fs::setxattr(path, HELD_XATTR, value, rustix::fs::XattrFlags::empty())
+}
+
+/// Has the daemon of the live mount whose root directory is `root` look its store over; returns its report.
+pub fn check<T: DeserializeOwned>(root: &Path) -> Result<T> {
+    query(root, CHECK_XATTR)
+}
+
+/// Gives the daemon the order to serve the snapshot whose root is `path` (`<mount>/<snapshot-dir>/<name>`).
+pub fn order_mount(path: &Path, order: &MountOrder) -> Result<MountAnswer> {
+    query(path, &order.name())
+}
+
+/// The root and status of the live mount of a store: `path` is anything in that mount or in the mount of one of its
+/// snapshots, or the backing directory. `None` if there is no such mount to be seen.
+pub fn find_live(path: &Path) -> Result<Option<(PathBuf, Status)>> {
+    let real = canonical(path)?;
+    let mounts = mounts()?;
+    let mut source = real.clone();
+    if mount_of(&real, &mounts).is_some_and(MountEntry::is_cowfs) {
+        let root = find_mount(&real)?;
+        let status = status(&root)?;
+        if status.snapshot.is_none() {
+            return Ok(Some((root, status)));
+        }
+        source = status.source.into();
+    }
+    let whole = |mount: &&MountEntry| mount.is_cowfs() && mount.root == Path::new("/");
+    let mut whole: Vec<_> = mounts.iter().filter(whole).collect();
+    // Unless it was given another name, the mount table says which it is: no need to ask the others.
+    whole.sort_by_key(|mount| mount.source != source);
+    for mount in whole {
+        // One that does not answer is dead.
+        if let Ok(status) = status(&mount.mountpoint)
+            && status.snapshot.is_none()
+            && status.source == source.to_string_lossy()
+        {
+            return Ok(Some((mount.mountpoint.clone(), status)));
+        }
+    }
+    Ok(None)
 }
 
 /// The message for a mount whose daemon is gone.
@@ -219,7 +389,8 @@ fn query<T: DeserializeOwned>(path: &Path, name: &str) -> Result<T> {
 }
 
 /// Parses `/proc/self/mountinfo`; a line that is not understood is left out.
-fn parse_mountinfo(text: &[u8]) -> Vec<MountEntry> {
+#[must_use]
+pub fn parse_mountinfo(text: &[u8]) -> Vec<MountEntry> {
     text.split(|&byte| byte == b'\n')
         .filter_map(parse_mount)
         .collect()
@@ -312,6 +483,20 @@ nonsense
         assert_eq!(source("/mnt/a bc"), "/dev/vda");
         assert_eq!(source("/mnt/a b/sub/f"), "tmpfs");
         assert_eq!(source("/over/f"), "/over");
+    }
+
+    #[test]
+    fn an_order_is_read_as_it_was_written() {
+        let order = MountOrder {
+            fd: 7,
+            device: "0:57".into(),
+        };
+        assert_eq!(MountOrder::parse(order.name().as_ref()), Some(order));
+        for wrong in ["", "7", "7.", "-1.0:5", "7.0", "7.0:x", "x.0:5", "7.0:5.1"] {
+            let name = format!("{MOUNT_XATTR}{wrong}");
+            assert_eq!(MountOrder::parse(name.as_ref()), None, "{name}");
+        }
+        assert_eq!(MountOrder::parse(STATUS_XATTR.as_ref()), None);
     }
 
     #[test]

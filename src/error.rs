@@ -1,6 +1,7 @@
 //! Every error of cowfs, with the only table of errnos ([`Error::errno`]) and the only table of exit
 //! codes ([`Error::exit_code`]).
 
+use crate::ids::Epoch;
 use rustix::io::Errno;
 use std::path::{Path, PathBuf};
 
@@ -68,11 +69,31 @@ pub enum Error {
     #[error("no snapshot {0:?}; `cowfs snapshot list` shows those there are")]
     SnapshotMissing(String),
     /// The snapshot is being read.
-    #[error("snapshot {0:?} is in use (a file or directory in it is open); close it and try again")]
+    #[error(
+        "snapshot {0:?} is in use (a file or directory in it is open, or it is mounted by itself); close or unmount it and try again"
+    )]
     SnapshotBusy(String),
+    /// A pre-image finds no room: snapshots after `after`, up to `label`, would miss it.
+    #[error(
+        "the store of snapshots is full; delete snapshots, give it more room (store-limit, store-reserve), or mount with on-full=drop"
+    )]
+    StoreFull {
+        /// The latest cut that does not need it.
+        after: Epoch,
+        /// The latest that does.
+        label: Epoch,
+    },
+    /// The snapshot is held.
+    #[error("snapshot {0:?} is held; `cowfs snapshot release` it first")]
+    SnapshotHeld(String),
     /// The view belongs to a snapshot that was deleted.
     #[error("the snapshot has been deleted")]
     Stale,
+    /// The view belongs to a snapshot of which something is missing.
+    #[error(
+        "the snapshot is invalid: something that it shows could not be kept; delete it and create another"
+    )]
+    Invalid,
     /// A change was asked of something read-only.
     #[error("read-only")]
     ReadOnly,
@@ -103,6 +124,18 @@ impl Error {
         )
     }
 
+    /// Whether there was no room for something: a full disk, or a quota.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self.errno(), Errno::NOSPC | Errno::DQUOT)
+    }
+
+    /// Whether descriptors or memory were lacking: that passes, and says nothing of what was to be used.
+    #[must_use]
+    pub fn is_lack(&self) -> bool {
+        matches!(self.errno(), Errno::MFILE | Errno::NFILE | Errno::NOMEM)
+    }
+
     /// The errno that a system call on the mount gets.
     pub fn errno(&self) -> Errno {
         match self {
@@ -113,9 +146,11 @@ impl Error {
             Self::Source { .. } | Self::MountPoint { .. } => Errno::INVAL,
             Self::Permission(_) => Errno::PERM,
             Self::Store { .. } | Self::Corrupt(_) | Self::Poisoned(_) | Self::Check(_) => Errno::IO,
+            Self::Invalid => Errno::IO,
             Self::SnapshotExists(_) => Errno::EXIST,
             Self::SnapshotMissing(_) => Errno::NOENT,
-            Self::SnapshotBusy(_) => Errno::BUSY,
+            Self::SnapshotBusy(_) | Self::SnapshotHeld(_) => Errno::BUSY,
+            Self::StoreFull { .. } => Errno::NOSPC,
             Self::Stale => Errno::STALE,
             Self::ReadOnly => Errno::ROFS,
         }
@@ -124,15 +159,21 @@ impl Error {
     /// The exit code of the command (docs/CLI.md has the table for users).
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Os(_) | Self::Path { .. } | Self::Stale | Self::ReadOnly => 1,
+            Self::Os(_)
+            | Self::Path { .. }
+            | Self::StoreFull { .. }
+            | Self::Stale
+            | Self::ReadOnly => 1,
             Self::Usage(_) => 2,
             Self::Source { .. } => 3,
             Self::MountPoint { .. } => 4,
             Self::Permission(_) => 5,
             Self::Store { .. } | Self::Corrupt(_) | Self::Poisoned(_) => 6,
-            Self::SnapshotName(_)
+            Self::Invalid
+            | Self::SnapshotName(_)
             | Self::SnapshotExists(_)
             | Self::SnapshotMissing(_)
+            | Self::SnapshotHeld(_)
             | Self::SnapshotBusy(_) => 7,
             Self::Check(_) => 8,
         }

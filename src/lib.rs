@@ -40,7 +40,8 @@
 //! # Who may name whom
 //! `main → cli → fuse → engine → store`, each only what stands to its right; [`sys`], [`sync`], [`error`] and
 //! [`ids`] are below all, [`config`] and [`control`] are shared by those that need them. fuser is named only under
-//! `fuse/`, sled only in `store/index.rs`, `unsafe` only in [`sys`], locks and atomics only in [`sync`].
+//! `fuse/`, sled only in `store/index.rs`, system calls without a safe wrapper only in [`sys`], locks and atomics only in
+//! [`sync`].
 //! tests/architecture.rs holds this.
 pub mod cli;
 pub mod config;

@@ -1,10 +1,14 @@
 //! System calls that the safe wrappers of `rustix` do not have. The only module with `unsafe`.
 
+use crate::sync::{AtomicU64, Ordering};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SealFlags};
 use rustix::io::Errno;
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::{CStr, CString};
 use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::time::{Duration, Instant};
 
 /// `MAX_HANDLE_SZ` of name_to_handle_at(2): no filesystem makes a longer handle.
 const MAX_HANDLE: usize = 128;
@@ -162,6 +166,23 @@ pub fn unshare_fs() -> Result<(), Errno> {
     }
 }
 
+/// How long to wait for the locks of a daemon whose mount is gone and that is writing its store.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// flock(2), exclusive, that waits a moment and no longer (`EWOULDBLOCK`): umount(2) returns before the daemon has
+/// ended, so a mount right after it meets the locks of the last one.
+pub fn lock_patiently(file: BorrowedFd<'_>) -> rustix::io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) if start.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            done => return done,
+        }
+    }
+}
+
 /// setfsuid(2) and setfsgid(2) of the calling thread; ids not permitted are silently kept, as there.
 pub fn set_fs_ids(uid: u32, gid: u32) {
     // SAFETY: both calls take an integer and touch only the calling thread's credentials.
@@ -169,6 +190,158 @@ pub fn set_fs_ids(uid: u32, gid: u32) {
         libc::syscall(libc::SYS_setfsgid, gid);
         libc::syscall(libc::SYS_setfsuid, uid);
     }
+}
+
+/// The most that one request writes, in bytes, also the kernel's default limit (`fs.fuse.max_pages_limit`).
+pub const MAX_WRITE: u32 = 1 << 20;
+/// Bytes at the beginning of a buffer for requests that a request can fill: the longest write and its headers.
+const REQUEST: usize = MAX_WRITE as usize + (8 << 10);
+/// The only zeroed allocations of this size and more are fuser's buffers for requests.
+const REQUEST_BUFFER: usize = 16 << 20;
+
+/// The system's allocator, save that the memory of a buffer for requests is there from the beginning, and stays.
+///
+/// A request is lost if its reader is killed while the kernel waits for memory to copy it to: it is in no queue any
+/// more from which it could be sent again (`fuse_dev_do_read` of the kernel's fs/fuse/dev.c), and ends with EIO. A
+/// buffer whose pages are there needs no wait, so that the death of a server costs no request (C7).
+pub struct RequestBuffersStay;
+
+// SAFETY: every call is handed on to the system's allocator as it came; what is done besides concerns the pages of a
+// block that it has just given, and does not touch their content.
+unsafe impl GlobalAlloc for RequestBuffersStay {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller has promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as the caller has promised.
+        unsafe { System.dealloc(block, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as the caller has promised.
+        let block = unsafe { System.alloc_zeroed(layout) };
+        if layout.size() >= REQUEST_BUFFER && !block.is_null() {
+            // SAFETY: the range lies in the block. mlock(2) takes it from the beginning of its first page; a user who
+            // may not lock that much has the pages at least made.
+            unsafe {
+                if libc::mlock(block.cast(), REQUEST) < 0 {
+                    let page = libc::sysconf(libc::_SC_PAGESIZE) as usize;
+                    let start = block.map_addr(|address| address & !(page - 1));
+                    libc::madvise(start.cast(), REQUEST, libc::MADV_POPULATE_WRITE);
+                }
+            }
+        }
+        block
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: as the caller has promised.
+        unsafe { System.realloc(block, layout, size) }
+    }
+}
+
+/// A part of a memory file (memfd_create(2)) in the memory of this process: words that other holders of the file see,
+/// each written in one piece.
+pub struct SharedWords {
+    first: NonNull<AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: the words are atomic, and the mapping is this value's alone and stays where it is until it is dropped.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// Maps `count` words of `file` from the byte `offset` on, a multiple of the page size, and makes room for them
+    /// in the file. The file can never be cut short after that: what is mapped stays.
+    ///
+    /// # Errors
+    /// Those of fallocate(2), of mmap(2), and of sealing the file (memfd_create(2)); `EINVAL` for no words.
+    pub fn map(file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<Self, Errno> {
+        let bytes = count * size_of::<u64>();
+        rustix::fs::fcntl_add_seals(file, SealFlags::SHRINK)?;
+        rustix::fs::fallocate(file, FallocateFlags::empty(), offset, bytes as u64)?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                protection,
+                flags,
+                file.as_raw_fd(),
+                offset as libc::off_t,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(last_errno());
+        }
+        let first = NonNull::new(address.cast()).ok_or(Errno::FAULT)?;
+        Ok(Self { first, count })
+    }
+
+    /// Writes word number `at`, after all that this thread wrote before.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn store(&self, at: usize, word: u64) {
+        assert!(at < self.count);
+        // SAFETY: the word lies in the mapping, which is aligned to pages and backed by the file, as that has room
+        // for it and does not shrink. All access from here is atomic; other processes are not bound by that, but
+        // nobody writes what another process writes at the same time, and nothing is read through the mapping.
+        let place = unsafe { self.first.add(at).as_ref() };
+        place.store(word, Ordering::Release);
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's, and nothing borrows from it any more.
+        unsafe {
+            libc::munmap(self.first.as_ptr().cast(), self.count * size_of::<u64>());
+        }
+    }
+}
+
+/// Gives memory that was freed back to the system (malloc_trim(3)), where the C library holds it back.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer and touches only what the allocator has free.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Takes up a descriptor that this process inherited, by its number; it is not handed on to other programs.
+///
+/// # Errors
+/// `EBADF` if there is none; `EINVAL` for the standard streams, which belong to the standard library.
+pub fn inherited(number: i32) -> Result<OwnedFd, Errno> {
+    if number <= libc::STDERR_FILENO {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: takes integers only.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(last_errno());
+    }
+    // SAFETY: the descriptor is open, as the call before shows, and came with the start of the program, of which
+    // whoever calls this knows the numbers; nothing else in the process owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Makes `place`, an open descriptor, refer to what `from` refers to, under the same number (dup3(2)). Its owner goes
+/// on to own it.
+///
+/// # Errors
+/// Those of the call.
+pub fn replace_descriptor(place: BorrowedFd<'_>, from: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: both numbers are open descriptors; that of `place` stays open and its owner's to close.
+    let done = unsafe { libc::dup3(from.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) };
+    if done < 0 { Err(last_errno()) } else { Ok(()) }
 }
 
 /// The path under which the kernel offers an open descriptor, for calls that take no descriptor or refuse

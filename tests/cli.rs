@@ -80,16 +80,17 @@ fn wrong_mount_options_are_named() {
         2,
         &["\"bogus=7\"", "known:", "store=DIR"],
     );
-    refused(
-        &mount("cache=writeback"),
-        2,
-        &["writeback", "write-through"],
-    );
+    refused(&mount("cache=none"), 2, &["writeback", "write-through"]);
     refused(&mount("durability=none"), 2, &["ordered or strict"]);
     refused(&mount("snapshot-dir=.cowfs"), 2, &["snapshot-dir"]);
     refused(&mount("snapshot-dir=a/b"), 2, &["slash"]);
     refused(&mount("sync-interval=x"), 2, &["milliseconds"]);
-    refused(&mount("remount"), 2, &["umount"]);
+    refused(
+        &mount("remount,store=/tmp/x"),
+        2,
+        &["\"store\"", "cannot be changed", "umount"],
+    );
+    refused(&mount("remount"), 4, &["/no/such"]);
     // Those of fstab pass; the next thing that is wrong is the source.
     refused(
         &mount("rw,noauto,nofail,user,_netdev,x-a=b"),

@@ -8,34 +8,35 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
-use support::{Mount, cowfs_bin, run};
+use support::user::{Who, again};
+use support::{Mount, own_script, python};
 
-fn python(script: &Path, mount: &Mount, limit: Duration) {
-    let out = run(
-        Command::new("python3")
-            .arg("-B")
-            .arg(script)
-            .arg(&mount.mnt)
-            .env("COWFS_BIN", cowfs_bin())
-            .env("COWFS_PROC", cowfs_bin().file_name().unwrap())
-            .env("COWFS_BACKING", &mount.backing)
-            .env("SNAPFS", "COWFS"),
-        limit,
-    );
-    println!("{}", out.stdout);
-    out.success(&script.display().to_string());
-}
+const OWN_LIMIT: Duration = Duration::from_secs(1200);
+/// What a case and its mount may take together.
+const OWN_MOUNT_LIMIT: Duration = Duration::from_secs(1230);
 
 /// One of our own cases.
 fn own(name: &str) {
-    let limit = Duration::from_secs(240);
-    let mount = Mount::new(name, limit + Duration::from_secs(30));
-    let script = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/py")
-        .join(format!("{name}.py"));
-    python(&script, &mount, limit);
+    own_on(name, &Mount::new(name, OWN_MOUNT_LIMIT));
+}
+
+/// One of our own cases on a filesystem of that kind.
+fn own_on_disk(name: &str, kind: &str) {
+    let mount = Mount::on_disk_of(&format!("{name}-{kind}"), OWN_MOUNT_LIMIT, kind, 2048);
+    own_on(name, &mount);
+}
+
+fn own_on(name: &str, mount: &Mount) {
+    let script = own_script(name);
+    python(&script, mount, OWN_LIMIT);
+}
+
+/// One of our own cases where the kernel holds writes back.
+fn own_with_writeback(name: &str) {
+    let mount = Mount::with(&format!("{name}-wb"), OWN_MOUNT_LIMIT, "cache=writeback");
+    assert_eq!(mount.cache(), "writeback");
+    own_on(name, &mount);
 }
 
 fn contract_dir() -> Option<PathBuf> {
@@ -62,7 +63,7 @@ fn contract(name: &str) {
         println!("{} is absent", script.display());
         return;
     }
-    let limit = Duration::from_secs(300);
+    let limit = Duration::from_secs(900);
     // on a disk of its own, as the cases measure space
     let mount = Mount::on_own_disk(name, limit + Duration::from_secs(30), 3072);
     python(&script, &mount, limit);
@@ -116,6 +117,41 @@ fn fidelity() {
 }
 
 #[test]
+fn rich_tree_ext4() {
+    if rustix::process::geteuid().is_root() {
+        own_on_disk("rich_tree", "ext4");
+    } else {
+        // Who cannot mount a disk has what the test directory is on.
+        own("rich_tree");
+    }
+}
+
+#[test]
+fn rich_tree_xfs() {
+    own_on_disk("rich_tree", "xfs");
+}
+
+#[test]
+fn rich_tree_btrfs() {
+    own_on_disk("rich_tree", "btrfs");
+}
+
+#[test]
+fn live_edges() {
+    own("live_edges");
+}
+
+#[test]
+fn live_many() {
+    own_on_disk("live_many", "ext4");
+}
+
+#[test]
+fn live_edges_xfs() {
+    own_on_disk("live_edges", "xfs");
+}
+
+#[test]
 fn mmap_store() {
     own("mmap_store");
 }
@@ -141,6 +177,11 @@ fn inodes() {
 }
 
 #[test]
+fn handles() {
+    own("handles");
+}
+
+#[test]
 fn locks() {
     own("locks");
 }
@@ -148,4 +189,60 @@ fn locks() {
 #[test]
 fn allocation() {
     own("allocation");
+}
+
+#[test]
+fn alone() {
+    own("alone");
+}
+
+/// The cases that need nothing that only root has, once more without it.
+/// Every kind of change under cuts where the kernel holds writes back, and what the mode may not change.
+#[test]
+fn writeback() {
+    own_with_writeback("writeback");
+}
+
+#[test]
+fn cases_with_writeback() {
+    for name in [
+        "allocation",
+        "permissions",
+        "mmap_store",
+        "locks",
+        "live_edges",
+    ] {
+        own_with_writeback(name);
+    }
+}
+
+fn cases_without_root(who: Who) {
+    for case in [
+        "names",
+        "deletion",
+        "inodes",
+        "mmap_store",
+        "locks",
+        "unprivileged",
+    ] {
+        again(case, who, &[], Duration::from_secs(1200));
+    }
+}
+
+#[test]
+fn cases_on_a_users_mount() {
+    cases_without_root(Who::User);
+    // Not in a user namespace: the tree has access lists with other users in them, who have no number there.
+    again("rich_tree_ext4", Who::User, &[], Duration::from_secs(1200));
+}
+
+#[test]
+fn cases_in_a_user_namespace() {
+    cases_without_root(Who::Namespace);
+}
+
+/// What a mount without root's powers can do, and what it refuses; run as root it is the control.
+#[test]
+fn unprivileged() {
+    own("unprivileged");
 }

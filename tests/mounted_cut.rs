@@ -8,6 +8,7 @@ mod support;
 
 use std::time::Duration;
 use support::cut::{Method, Report, damages_accepted, exact_cut, stands_still};
+use support::user::{Who, again};
 use support::{Mount, env_number, scratch, seed};
 
 fn show(what: &str, report: &Report) {
@@ -17,10 +18,10 @@ fn show(what: &str, report: &Report) {
     }
 }
 
-#[test]
-fn every_snapshot_is_an_exact_cut() {
+/// Makes snapshots of a mount with these options under load.
+fn exact(options: &str) {
     let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20));
-    let mount = Mount::new("cut", time + Duration::from_secs(120));
+    let mount = Mount::with("cut", time + Duration::from_secs(400), options);
     let method = Method::Snapshot {
         mnt: mount.mnt.clone(),
     };
@@ -31,6 +32,7 @@ fn every_snapshot_is_an_exact_cut() {
         "{}",
         report.violations.join("\n")
     );
+    println!("the cuts of the mount: {}", mount.cut_report());
     assert!(
         report.checked >= 5,
         "only {} snapshots were read completely",
@@ -39,13 +41,46 @@ fn every_snapshot_is_an_exact_cut() {
 }
 
 #[test]
-fn a_snapshot_stands_still_once_its_creation_returned() {
+fn every_snapshot_is_an_exact_cut() {
+    exact("");
+}
+
+/// Where the kernel holds writes back, which takes root.
+#[test]
+fn every_snapshot_with_writeback_is_an_exact_cut() {
+    exact("cache=writeback");
+}
+
+#[test]
+fn every_snapshot_of_a_users_mount_is_an_exact_cut() {
+    for who in [Who::User, Who::Namespace] {
+        let seconds = [("COWFS_CUT_SECONDS", "6")];
+        again(
+            "every_snapshot_is_an_exact_cut",
+            who,
+            &seconds,
+            Duration::from_secs(600),
+        );
+    }
+}
+
+fn still(options: &str) {
     let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / 2;
-    let mount = Mount::new("still", time + Duration::from_secs(60));
+    let mount = Mount::with("still", time + Duration::from_secs(300), options);
     let (cuts, changed) = stands_still(&mount.mnt, time);
     println!("{cuts} snapshots stood still from the moment of their creation");
     assert!(changed.is_empty(), "{}", changed.join("\n"));
     assert!(cuts >= 10, "only {cuts} snapshots");
+}
+
+#[test]
+fn a_snapshot_stands_still_once_its_creation_returned() {
+    still("");
+}
+
+#[test]
+fn a_snapshot_with_writeback_stands_still_once_its_creation_returned() {
+    still("cache=writeback");
 }
 
 /// A control: the checker must refuse what a plain copy under load gives.

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use support::{Mount, cowfs_bin, mount_type, run};
+use support::{Mount, cowfs_bin, mount_type, open_the_way, run};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -165,6 +165,42 @@ fn a_dead_flush_helper_is_replaced() {
     assert_eq!(fs::read(snapshot.join("f")).unwrap()[0], b'b');
 }
 
+/// A mount that lacks descriptors fails, and throws nothing away: the index in particular, which may have what the
+/// journal has lost.
+#[test]
+fn a_lack_of_descriptors_costs_no_index() {
+    let mount = Mount::new("lack", LIMIT);
+    mount.snapshot("s");
+    for number in 0..50 {
+        fs::write(mount.mnt.join(format!("f{number}")), "f").unwrap();
+    }
+    mount.umount();
+    let store = mount.backing.join(".cowfs/store");
+    let index = || fs::metadata(store.join("index/db")).unwrap().ino();
+    let (before, mut refused) = (index(), 0);
+    let log = mount.root.join("cowfs.log");
+    for limit in 12..30 {
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={limit}:{limit}"));
+        command.arg(cowfs_bin()).args(["mount", "--log"]).arg(&log);
+        let outcome = run(command.args([&mount.backing, &mount.mnt]), LIMIT);
+        match mount_type(&mount.mnt) {
+            Some(_) => mount.umount_and_kill(Duration::ZERO),
+            None => refused += 1,
+        }
+        let said = fs::read_to_string(&log).unwrap();
+        assert!(
+            !said.contains("rebuilt"),
+            "{limit}: {}: {said}",
+            outcome.stderr
+        );
+        assert_eq!(index(), before, "{limit}: the index is another one");
+    }
+    assert!(refused > 5, "only {refused} mounts lacked descriptors");
+    mount.mount();
+    assert!(mount.snapshot_path("s").is_dir());
+}
+
 /// Names of the store's own mean nothing special among snapshots.
 #[test]
 fn a_snapshot_may_have_any_name() {
@@ -189,9 +225,7 @@ fn trusted_attributes_are_not_listed_to_others() {
         command.args(["-d", "-m", "-"]).arg(&path).uid(uid).gid(uid);
         run(&mut command, LIMIT).success("getfattr").stdout
     };
-    for dir in mount.mnt.ancestors() {
-        let _ = fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755));
-    }
+    open_the_way(&mount.mnt);
     assert!(list(0).contains("trusted.secret"));
     let others = list(65534);
     assert!(
@@ -204,6 +238,7 @@ fn trusted_attributes_are_not_listed_to_others() {
 #[test]
 fn snapshots_are_deleted_on_a_full_disk() {
     let mount = Mount::on_own_disk("full", LIMIT, 96);
+    mount.remount_with("on-full=enospc");
     let file = open_rw(&mount.mnt.join("f"));
     file.write_all_at(&vec![0; 16 << 20], 0).unwrap();
     let mut cuts = 0_u8;

@@ -1,5 +1,5 @@
-//! Real programs on a real mount: PostgreSQL under pgbench, and copiers of a source tree under load. The work
-//! is done by scripts that a user can run as well, on larger sizes.
+//! Real programs on a real mount: PostgreSQL under pgbench, copiers of a source tree under load, backup
+//! tools night after night. The work is done by scripts that a user can run as well, on larger sizes.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -33,7 +33,7 @@ fn script(name: &str, arguments: &[&str]) {
                 .arg("--work")
                 .arg(work.path())
                 .env("COWFS_BIN", cowfs_bin()),
-            Duration::from_secs(400),
+            Duration::from_secs(1500),
         )
     });
     unmount_below(&cowfs_bin(), work.path());
@@ -63,6 +63,19 @@ fn postgresql_recovers_from_every_snapshot() {
 }
 
 #[test]
+fn postgresql_does_not_notice_that_the_daemon_dies() {
+    script(
+        "pg-snapshots",
+        &[
+            "--snapshots=4",
+            "--seconds=24",
+            "--scale=3",
+            "--kill-servers=20",
+        ],
+    );
+}
+
+#[test]
 fn postgresql_recovers_from_every_snapshot_without_full_page_writes() {
     script(
         "pg-snapshots",
@@ -78,4 +91,9 @@ fn postgresql_recovers_from_every_snapshot_without_full_page_writes() {
 #[test]
 fn copiers_agree_on_a_snapshot_of_20000_files() {
     script("tree-copies", &["--files=20000"]);
+}
+
+#[test]
+fn restic_and_borg_read_no_file_that_is_unchanged() {
+    script("backup-tools", &[]);
 }

@@ -71,6 +71,68 @@ fn a_read_only_directory_is_refused() {
     mount.mount();
 }
 
+/// What mount(8) calls for `mount -o remount,…`: the kernel's part alone, so it holds at once and for snapshots too.
+#[test]
+fn a_remount_changes_the_flags_of_a_mount() {
+    let mount = Mount::new("remount", LIMIT);
+    let state = || {
+        let outcome = cowfs(&words(&["status", "--json"], &[&mount.mnt])).success("status");
+        let status: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+        status["state"].as_str().unwrap().to_owned()
+    };
+    let both: [&Path; 2] = [&mount.backing, &mount.mnt];
+    fs::write(mount.mnt.join("f"), "kept").unwrap();
+    let open = fs::File::create(mount.mnt.join("open")).unwrap();
+    refused(
+        &words(&["mount", "-o", "remount,ro"], &both),
+        4,
+        &["in use"],
+    );
+    drop(open);
+    cowfs(&words(&["mount", "-o", "remount,ro"], &both)).success("remount,ro");
+    assert_eq!(state(), "read-only");
+    let error = fs::write(mount.mnt.join("f"), "changed").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    let error = fs::create_dir(mount.snapshot_path("s")).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    // With the options that the mount table shows, as mount(8) passes them on.
+    let table = "rw,relatime,user_id=0,group_id=0,default_permissions,allow_other,remount";
+    cowfs(&words(&["mount", "-o", table], &both)).success("remount,rw");
+    assert_eq!(state(), "ok");
+    mount.snapshot("s");
+    assert_eq!(fs::read(mount.mnt.join("f")).unwrap(), b"kept");
+    refused(
+        &words(&["mount", "-o", "remount,durability=strict"], &both),
+        2,
+        &["durability", "umount"],
+    );
+    let elsewhere = mount.root.join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    refused(
+        &words(
+            &["mount", "-o", "remount,ro"],
+            &[&mount.backing, &elsewhere],
+        ),
+        4,
+        &["no cowfs is mounted here"],
+    );
+}
+
+/// umount(2) returns while the daemon still writes its store; a mount that follows waits for it.
+#[test]
+fn a_mount_waits_for_the_end_of_the_one_before() {
+    let mount = Mount::new("again", LIMIT);
+    for round in 0..10 {
+        for file in 0..200 {
+            fs::write(mount.mnt.join(format!("{round}.{file}")), "content").unwrap();
+        }
+        mount.snapshot(&round.to_string());
+        run(Command::new("umount").arg("-i").arg(&mount.mnt), LIMIT).success("umount -i");
+        mount.mount();
+    }
+    assert_eq!(fs::read_dir(&mount.mnt).unwrap().count(), 2000);
+}
+
 #[test]
 fn a_store_of_another_format_is_refused_and_left_alone() {
     let mount = Mount::new("format", LIMIT);

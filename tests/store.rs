@@ -8,7 +8,7 @@ use cowfs::store::{
     AttrImage, EntryImage, ExtentData, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Store,
     StoreOptions, Timestamp,
 };
-use cowfs::sync::{Arc, AtomicBool, AtomicU32, Ordering};
+use cowfs::sync::{Arc, AtomicBool, AtomicU32, Condvar, Mutex, Ordering};
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -26,6 +26,8 @@ fn tiny() -> StoreOptions {
         in_memory_index: false,
         log_area: 16 << 10,
         segment_size: 64 << 10,
+        boot: None,
+        ..StoreOptions::default()
     }
 }
 
@@ -85,7 +87,7 @@ fn fill(store: &Store) {
         kind: 8,
         handle: ObjectHandle {
             kind: 1,
-            bytes: vec![1; 20],
+            bytes: vec![1; 20].into(),
         },
     };
     store
@@ -109,7 +111,7 @@ fn fill(store: &Store) {
 fn retained(ino: u64, birth: u64, removed: u64) -> Retained {
     let handle = ObjectHandle {
         kind: 1,
-        bytes: vec![2; 12],
+        bytes: vec![2; 12].into(),
     };
     let origin = Some((DIR, handle.clone(), b"old".to_vec()));
     Retained {
@@ -125,7 +127,7 @@ fn retained(ino: u64, birth: u64, removed: u64) -> Retained {
 fn assert_filled(store: &Store) {
     assert_eq!(store.damage(), Vec::<String>::new());
     assert_eq!((store.epoch(), store.newest()), (Epoch(1), Some(Epoch(1))));
-    assert_eq!(*store.snapshots(), [snapshot(1)]);
+    assert_eq!(*store.snapshots(), [Arc::new(snapshot(1))]);
     assert_eq!(
         store.attr_at(FILE, Epoch(1)).unwrap(),
         Some((Epoch(1), attr(0o644)))
@@ -219,6 +221,8 @@ fn a_store_that_is_not_ours_is_refused() {
 fn segments(dir: &tempfile::TempDir) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir.path().join("s/journal")).unwrap();
     let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    // The session file is no segment.
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "seg"));
     paths.sort();
     paths
 }
@@ -351,7 +355,8 @@ fn an_index_that_is_stale_ahead_foreign_or_garbage_is_made_right() {
     std::fs::remove_file(segments(&dir).last().unwrap()).unwrap();
     let store = open(&dir, options());
     assert_eq!(store.damage().len(), 1, "{:?}", store.damage());
-    assert_eq!(store.attr_at(Ino(99), Epoch(1)).unwrap(), None);
+    // The index has what the journal has lost.
+    assert!(store.attr_at(Ino(99), Epoch(1)).unwrap().is_some());
     assert_eq!(
         store.attr_at(FILE, Epoch(1)).unwrap(),
         Some((Epoch(1), attr(0o644)))
@@ -554,6 +559,10 @@ impl Faulty {
 }
 
 impl Media for Faulty {
+    fn session(&self) -> Result<Arc<dyn MediaFile>> {
+        self.inner.session()
+    }
+
     fn list(&self) -> Result<Vec<u32>> {
         self.inner.list()
     }
@@ -746,4 +755,370 @@ fn threads_append_sync_and_look_while_the_background_job_runs() {
     check(&store);
     drop(store);
     check(&open(&dir, tiny()));
+}
+
+/// A medium on which one file's payload write, or its sync, waits to be let go.
+struct Gated {
+    inner: FileMedia,
+    gates: Arc<Gates>,
+}
+
+#[derive(Default)]
+struct Gates {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    /// What is to stop: `w` and `s` of a segment.
+    closed: Vec<(char, u32)>,
+    /// What has come to a closed gate.
+    waiting: Vec<(char, u32)>,
+    /// Bytes written to each segment's log and payload, in order, and where syncs came.
+    happened: Vec<(char, u32)>,
+}
+
+impl Gates {
+    fn pass(&self, what: char, segment: u32) {
+        let mut state = self.state.lock();
+        while state.closed.contains(&(what, segment)) {
+            if !state.waiting.contains(&(what, segment)) {
+                state.waiting.push((what, segment));
+                self.changed.notify_all();
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    fn close(&self, what: char, segment: u32) {
+        self.state.lock().closed.push((what, segment));
+    }
+
+    fn open(&self, what: char, segment: u32) {
+        self.state
+            .lock()
+            .closed
+            .retain(|gate| *gate != (what, segment));
+        self.changed.notify_all();
+    }
+
+    fn await_arrival(&self, what: char, segment: u32) {
+        let mut state = self.state.lock();
+        while !state.waiting.contains(&(what, segment)) {
+            self.changed.wait(&mut state);
+        }
+    }
+}
+
+struct GatedFile(Arc<dyn MediaFile>, u32, Arc<Gates>);
+
+impl Gated {
+    fn wrap(&self, file: Arc<dyn MediaFile>, number: u32) -> Arc<dyn MediaFile> {
+        Arc::new(GatedFile(file, number, self.gates.clone()))
+    }
+}
+
+impl Media for Gated {
+    fn session(&self) -> Result<Arc<dyn MediaFile>> {
+        self.inner.session()
+    }
+    fn list(&self) -> Result<Vec<u32>> {
+        self.inner.list()
+    }
+    fn create(&self, number: u32) -> Result<Arc<dyn MediaFile>> {
+        Ok(self.wrap(self.inner.create(number)?, number))
+    }
+    fn open(&self, number: u32) -> Result<Option<Arc<dyn MediaFile>>> {
+        let file = self.inner.open(number)?;
+        Ok(file.map(|file| self.wrap(file, number)))
+    }
+    fn remove(&self, number: u32) -> Result<()> {
+        self.inner.remove(number)
+    }
+    fn sync_names(&self) -> Result<()> {
+        self.inner.sync_names()
+    }
+    fn allocated(&self, number: u32) -> Result<u64> {
+        self.inner.allocated(number)
+    }
+}
+
+impl MediaFile for GatedFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        if offset >= 16 << 10 {
+            self.2.pass('w', self.1);
+        }
+        self.0.write_at(buf, offset)?;
+        self.2.state.lock().happened.push(('w', self.1));
+        Ok(())
+    }
+    fn sync(&self) -> Result<()> {
+        let after = self.2.state.lock().happened.len();
+        self.2.pass('s', self.1);
+        // What was written while it waited may have missed it.
+        self.0.sync()?;
+        self.2.state.lock().happened.insert(after, ('s', self.1));
+        Ok(())
+    }
+    fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.punch(offset, len)
+    }
+    fn size(&self) -> Result<u64> {
+        self.0.size()
+    }
+}
+
+/// A record is durable only if those of earlier segments are that were appended before it. One thread keeps two
+/// things, in two segments, while the sync of the first segment is under way that a second sync does not repeat.
+#[test]
+fn durable_means_all_before_it_in_earlier_segments_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    std::fs::create_dir(&path).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let gates = Arc::new(Gates::default());
+    let media = Gated {
+        inner: FileMedia::open(&path.join("journal")).unwrap(),
+        gates: gates.clone(),
+    };
+    let store = Store::open_with(&path, tiny(), Arc::new(media)).unwrap();
+    let keep = |ino: u64, count: usize| {
+        let blocks = blocks(1, count);
+        let data = ExtentData::Bytes(&blocks);
+        store.keep_extent(Ino(ino), Epoch(1), 0, data).unwrap()
+    };
+    store.record_snapshot(&snapshot(1)).unwrap();
+    store.sync().unwrap();
+    let (first, second) = (1, 2);
+    store.record_birth(Ino(3), Epoch(1)).unwrap();
+    gates.close('w', first);
+    std::thread::scope(|scope| {
+        // Its place is in the first segment; the next append has to leave that.
+        let one = scope.spawn(|| {
+            keep(10, 4);
+            keep(11, 1)
+        });
+        gates.await_arrival('w', first);
+        keep(12, 10);
+        gates.close('s', first);
+        let other = scope.spawn(|| store.sync().unwrap());
+        gates.await_arrival('s', first);
+        gates.open('w', first);
+        let last = one.join().unwrap();
+        assert_eq!(
+            last.0 >> 32,
+            second,
+            "the second record is in the next segment"
+        );
+        gates.open('s', first);
+        store.wait_durable(last).unwrap();
+        let happened = gates.state.lock().happened.clone();
+        let written = happened.iter().rposition(|e| *e == ('w', first));
+        let synced = happened.iter().rposition(|e| *e == ('s', first));
+        assert!(synced > written, "{happened:?}");
+        other.join().unwrap();
+    });
+}
+
+/// A medium on which the space that is not set aside yet has run out.
+struct Full {
+    inner: FileMedia,
+    full: Arc<AtomicBool>,
+}
+
+struct FullFile(Arc<dyn MediaFile>, Arc<AtomicBool>);
+
+impl Media for Full {
+    fn list(&self) -> Result<Vec<u32>> {
+        self.inner.list()
+    }
+    fn create(&self, number: u32) -> Result<Arc<dyn MediaFile>> {
+        if self.full.load(Ordering::SeqCst) {
+            return Err(Error::Os(Errno::NOSPC));
+        }
+        let file = self.inner.create(number)?;
+        Ok(Arc::new(FullFile(file, self.full.clone())))
+    }
+    fn open(&self, number: u32) -> Result<Option<Arc<dyn MediaFile>>> {
+        let wrap = |file| Arc::new(FullFile(file, self.full.clone())) as Arc<dyn MediaFile>;
+        Ok(self.inner.open(number)?.map(wrap))
+    }
+    fn remove(&self, number: u32) -> Result<()> {
+        self.inner.remove(number)
+    }
+    fn sync_names(&self) -> Result<()> {
+        self.inner.sync_names()
+    }
+    fn allocated(&self, number: u32) -> Result<u64> {
+        self.inner.allocated(number)
+    }
+    fn session(&self) -> Result<Arc<dyn MediaFile>> {
+        self.inner.session()
+    }
+}
+
+impl MediaFile for FullFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        if self.1.load(Ordering::SeqCst) && offset + buf.len() as u64 > tiny().log_area {
+            return Err(Error::Os(Errno::NOSPC));
+        }
+        self.0.write_at(buf, offset)
+    }
+    fn sync(&self) -> Result<()> {
+        self.0.sync()
+    }
+    fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.allocate(offset, len)
+    }
+    fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.punch(offset, len)
+    }
+    fn size(&self) -> Result<u64> {
+        self.0.size()
+    }
+}
+
+/// On a full disk, with a log that is as full as ordinary records can make it, snapshots can still be given up,
+/// and that outlives a crash.
+#[test]
+fn snapshots_are_given_up_on_a_full_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    drop(open(&dir, tiny()));
+    let full = Arc::new(AtomicBool::new(false));
+    let inner = FileMedia::open(&path.join("journal")).unwrap();
+    let media = Full {
+        inner,
+        full: full.clone(),
+    };
+    let store = Store::open_with(&path, tiny(), Arc::new(media)).unwrap();
+    for epoch in 1..=40 {
+        store.record_snapshot(&snapshot(epoch)).unwrap();
+    }
+    full.store(true, Ordering::SeqCst);
+    let payload = blocks(1, 1);
+    let error = store.keep_extent(FILE, Epoch(40), 0, ExtentData::Bytes(&payload));
+    assert_eq!(error.unwrap_err().errno(), Errno::NOSPC);
+    // Small records find room until the log is full.
+    let mut small = 0;
+    let error = loop {
+        match store.keep_entry(DIR, format!("n{small}").as_bytes(), Epoch(40), None) {
+            Ok(_) => small += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.errno(), Errno::NOSPC);
+    assert!(small > 50, "{small}");
+    let marks: Vec<_> = (2..=40)
+        .map(|epoch| (Epoch(epoch), SnapshotState::Invalid))
+        .collect();
+    store.give_up(&marks).unwrap();
+    store.delete_snapshot(Epoch(1)).unwrap();
+    assert!(!store.is_poisoned());
+    drop(store);
+    std::fs::remove_dir_all(path.join("index")).unwrap();
+    let store = open(&dir, tiny());
+    assert_eq!(store.newest(), None);
+    let states: Vec<_> = store.snapshots().iter().map(|s| s.state).collect();
+    assert_eq!(states[0], SnapshotState::Deleting);
+    assert!(states[1..].iter().all(|s| *s == SnapshotState::Invalid));
+}
+
+/// What is dead in the only segment is given back on a disk that has no room for another one: the spare is there.
+#[test]
+fn the_last_segment_gives_its_dead_up_on_a_full_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let options = StoreOptions {
+        segment_size: 1 << 20,
+        ..tiny()
+    };
+    drop(open(&dir, options.clone()));
+    let full = Arc::new(AtomicBool::new(false));
+    let inner = FileMedia::open(&path.join("journal")).unwrap();
+    let media = Full {
+        inner,
+        full: full.clone(),
+    };
+    let store = Store::open_with(&path, options.clone(), Arc::new(media)).unwrap();
+    for epoch in 1..=2 {
+        store.record_snapshot(&snapshot(epoch)).unwrap();
+        let data = ExtentData::Bytes(&blocks(epoch as u8, 60));
+        store.keep_extent(FILE, Epoch(epoch), 0, data).unwrap();
+    }
+    store.sync().unwrap();
+    let taken = store.stats().journal_bytes;
+    assert!(taken > 120 * BLOCK as u64, "{taken}");
+    full.store(true, Ordering::SeqCst);
+    store.delete_snapshot(Epoch(1)).unwrap();
+    let release = |_: &Retained| Ok(());
+    while store.reclaim(&release).unwrap() {}
+    let left = store.stats().journal_bytes;
+    assert!(left < taken - 50 * BLOCK as u64, "{left} of {taken} left");
+    assert_eq!(store.snapshots().len(), 1);
+    let kept: Vec<_> = (0..60).map(|block| (block, 2)).collect();
+    assert_eq!(read(&store, FILE, 2).unwrap(), kept);
+    drop(store);
+    let store = open(&dir, options);
+    assert_eq!(store.damage(), Vec::<String>::new());
+    assert_eq!(read(&store, FILE, 2).unwrap(), kept);
+}
+
+/// One more snapshot costs one small record, however many there are; all of them survive the loss of the index,
+/// and the loss of every segment that nothing else needs.
+#[test]
+fn many_snapshots_cost_a_small_record_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, options());
+    let log = |store: &Store| store.stats().journal_bytes;
+    let before = log(&store);
+    for epoch in 1..=2000 {
+        store.record_snapshot(&snapshot(epoch)).unwrap();
+    }
+    store.sync().unwrap();
+    assert!(log(&store) - before <= 2 << 20, "{}", log(&store));
+    for epoch in 1..=1000 {
+        store.delete_snapshot(Epoch(epoch * 2)).unwrap();
+    }
+    while store.reclaim(&|_| Ok(())).unwrap() {}
+    store
+        .update_snapshot(Epoch(7), |info| info.held = true)
+        .unwrap();
+    drop(store);
+    std::fs::remove_dir_all(dir.path().join("s/index")).unwrap();
+    let store = open(&dir, options());
+    let left = store.snapshots();
+    assert_eq!(left.len(), 1000);
+    assert!(left.iter().all(|s| s.epoch.0 % 2 == 1));
+    assert_eq!(left.iter().filter(|s| s.held).count(), 1);
+}
+
+/// A segment that is made before it is needed does not make the one before it dispensable, in which the journal ends.
+#[test]
+fn the_segment_in_which_the_journal_ends_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, tiny());
+    store.record_snapshot(&snapshot(1)).unwrap();
+    store.keep_attr(FILE, Epoch(1), &attr(1)).unwrap();
+    store.delete_snapshot(Epoch(1)).unwrap();
+    drop(store);
+    let store = open(&dir, tiny());
+    store.make_ready().unwrap();
+    // All but the last step, as a process that dies then: what died is gone, and the table not changed yet.
+    while store.reclaim(&|_| Ok(())).unwrap() {}
+    drop(store);
+    for _ in 0..3 {
+        let store = open(&dir, tiny());
+        assert_eq!(store.damage(), Vec::<String>::new());
+        store.make_ready().unwrap();
+        while store.reclaim(&|_| Ok(())).unwrap() {}
+        drop(store);
+    }
 }

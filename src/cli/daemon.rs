@@ -8,7 +8,7 @@ use crate::config::MountConfig;
 use crate::error::{Error, Result};
 use crate::sync::{AtomicBool, Ordering};
 use rustix::process::Signal;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -25,6 +25,30 @@ pub(super) struct Launch<'a> {
     pub(super) config: &'a MountConfig,
     pub(super) verbose: u8,
     pub(super) log: Option<&'a Path>,
+    /// Whether the process that keeps the mount is one in the background.
+    pub(super) daemon: bool,
+}
+
+impl Launch<'_> {
+    /// The arguments that say what to mount, and how.
+    pub(super) fn arguments(&self) -> Result<Vec<OsString>> {
+        let mut arguments = vec!["-o".into(), self.config.to_options()];
+        for _ in 0..self.verbose {
+            arguments.push("-v".into());
+        }
+        if let Some(log) = self.log {
+            let log = std::path::absolute(log)
+                .map_err(|error| Error::io("cannot open the log", log, &error))?;
+            arguments.extend(["--log".into(), log.into()]);
+        }
+        // The canonical mount point is an argument of its own, so that `pgrep -f` and the like find the daemon.
+        arguments.extend([
+            "--".into(),
+            self.config.source.clone().into(),
+            self.config.mountpoint.clone().into(),
+        ]);
+        Ok(arguments)
+    }
 }
 
 /// Starts the daemon and waits until it is ready, or has said why it cannot be.
@@ -52,21 +76,8 @@ fn start(launch: &Launch<'_>) -> Result<(String, Option<ExitStatus>)> {
     let mut command = Command::new(&program);
     command
         .arg0(program.file_name().unwrap_or(OsStr::new("cowfs")))
-        .args(["mount", "--foreground", "--daemon", "-o"])
-        .arg(launch.config.to_options());
-    for _ in 0..launch.verbose {
-        command.arg("-v");
-    }
-    if let Some(log) = launch.log {
-        let log = std::path::absolute(log)
-            .map_err(|error| Error::io("cannot open the log", log, &error))?;
-        command.arg("--log").arg(log);
-    }
-    // The canonical mount point is an argument of its own, so that `pgrep -f` and the like find the daemon.
-    command
-        .arg("--")
-        .arg(&launch.config.source)
-        .arg(&launch.config.mountpoint)
+        .args(["mount", "--foreground", "--daemon"])
+        .args(launch.arguments()?)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
@@ -114,7 +125,7 @@ fn own_program() -> PathBuf {
     }
 }
 
-fn describe(status: ExitStatus) -> String {
+pub(super) fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(signal)) => format!("signal {signal}"),
@@ -124,21 +135,21 @@ fn describe(status: ExitStatus) -> String {
 
 /// In the daemon: runs `serve`, handing it what to call when the mount is usable, and reports to the parent.
 pub(super) fn report(
-    serve: impl FnOnce(&(dyn Fn() -> Result<()> + Sync)) -> Result<()>,
-) -> Result<()> {
+    serve: impl FnOnce(&(dyn Fn() -> Result<()> + Sync)) -> std::result::Result<(), Failure>,
+) -> std::result::Result<(), Failure> {
     let told = AtomicBool::new(false);
     let ready = || {
         told.store(true, Ordering::Relaxed);
         tell_ready()
     };
-    let result = detach().and_then(|()| serve(&ready));
-    if let Err(error) = &result {
+    let result = detach().map_err(Failure::from).and_then(|()| serve(&ready));
+    if let Err(failure) = &result {
         if told.load(Ordering::Relaxed) {
-            log::error!("{error}");
+            log::error!("{}", failure.message);
         } else {
-            tell(&format!("{}\n{error}", error.exit_code()));
+            tell(&format!("{}\n{}", failure.code, failure.message));
         }
-        std::process::exit(error.exit_code().into());
+        std::process::exit(failure.code.into());
     }
     result
 }

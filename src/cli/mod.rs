@@ -1,13 +1,17 @@
 //! The command line: one file per command. Here: the choice of the command, and the way an error leaves.
 
+mod check;
 mod daemon;
 mod demo;
 mod destroy;
+mod keeper;
 mod mount;
+mod mount_snapshot;
 mod output;
 mod snapshot;
 mod status;
 mod umount;
+mod verify;
 
 use crate::error::Error;
 use clap::{Parser, Subcommand};
@@ -55,11 +59,16 @@ enum Command {
     Status(status::Args),
     Demo(demo::Args),
     Destroy(destroy::Args),
+    Check(check::Args),
+    Verify(verify::Args),
     /// Started by the daemon itself (see [`crate::fuse::flush`]).
     ///
     /// EXAMPLE: not for use by hand.
     #[command(name = crate::fuse::flush::HELPER_COMMAND, hide = true)]
     FlushHelper {
+        /// Try what the kernel does, on a mount made for it.
+        #[arg(long)]
+        probe: bool,
         /// The mount.
         mountpoint: PathBuf,
     },
@@ -108,7 +117,15 @@ fn dispatch(arguments: &[OsString]) -> Result<(), Failure> {
             Command::Status(args) => Ok(status::run(&args)?),
             Command::Demo(args) => demo::run(&args),
             Command::Destroy(args) => Ok(destroy::run(&args)?),
-            Command::FlushHelper { mountpoint } => Ok(crate::fuse::flush::run_helper(&mountpoint)?),
+            Command::Check(args) => check::run(&args),
+            Command::Verify(args) => verify::run(&args),
+            Command::FlushHelper {
+                probe: true,
+                mountpoint,
+            } => Ok(crate::fuse::probe::run_writer(&mountpoint)?),
+            Command::FlushHelper { mountpoint, .. } => {
+                Ok(crate::fuse::flush::run_helper(&mountpoint)?)
+            }
         },
     }
 }

@@ -1,13 +1,13 @@
 //! `cowfs mount`: check what can be checked with a clear word, then serve, in the foreground or as a daemon.
 
-use super::{Failure, daemon};
-use crate::config::{MountConfig, STORE_DIR, parse_options};
+use super::keeper::{self, Inherited};
+use super::{Failure, daemon, mount_snapshot};
+use crate::config::{MountConfig, MountOptions, STORE_DIR, parse_options};
 use crate::control;
 use crate::error::{Error, Result};
 use crate::fuse;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::thread::CapabilitySet;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 pub(super) struct Args {
     /// Stay in the foreground; SIGINT and SIGTERM unmount.
     #[arg(short, long)]
-    foreground: bool,
+    pub(super) foreground: bool,
     /// Mount options, a list with commas; may be given again. See below.
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<OsString>,
@@ -31,14 +31,16 @@ pub(super) struct Args {
     verbose: u8,
     /// Append log messages to FILE [default: stderr in the foreground, nowhere in the background].
     #[arg(long, value_name = "FILE")]
-    log: Option<PathBuf>,
+    pub(super) log: Option<PathBuf>,
     /// This process is the daemon: report on stdout, then detach.
     #[arg(long, hide = true, requires = "foreground")]
     daemon: bool,
+    #[command(flatten)]
+    inherited: Inherited,
     /// The directory that holds the data.
-    source: PathBuf,
+    pub(super) source: PathBuf,
     /// Where to mount it [default: SOURCE itself].
-    mountpoint: Option<PathBuf>,
+    pub(super) mountpoint: Option<PathBuf>,
 }
 
 impl Args {
@@ -50,6 +52,7 @@ impl Args {
             verbose: 0,
             log: None,
             daemon: false,
+            inherited: Inherited::NONE,
             source,
             mountpoint: Some(mountpoint),
         }
@@ -63,13 +66,17 @@ OPTIONS OF -o
   no_allow_other           only the user who mounts (default for others)
   nosuid,nodev,noexec      as for every filesystem
   noatime                  keep no access times
+  snapshot=NAME            mount one snapshot by itself, read-only, with the inode numbers of the live tree;
+                           SOURCE is mounted already, or a path in its mount
   store=DIR                keep the store in DIR, not in SOURCE/.cowfs
   snapshot-dir=NAME        reach snapshots as NAME, not as .snapshots
   durability=ordered       sync what snapshots need in the background (default)
   durability=strict        sync it before each change that it guards
-  cache=write-through      each write reaches cowfs before it returns (the only mode)
+  cache=write-through      each write reaches cowfs before it returns (default)
+  cache=writeback          the kernel holds writes back; cuts hold writers for a moment (root, Linux 6.16)
   sync-interval=MS         how often to sync in the background (default 100)
   fsname=NAME              what the mount table shows as source
+  remount                  give a mount that is there these flags: ro, nosuid, nodev, noexec, noatime
   Permissions are always checked by the kernel (default_permissions). Options of fstab such as defaults, noauto,
   nofail, user, _netdev and x-* are accepted and mean nothing here. Inside a value write \\, for a comma.
 
@@ -77,6 +84,7 @@ EXAMPLE
   cowfs mount /srv/data                            over itself
   cowfs mount -o ro,noatime /srv/data /mnt/data    somewhere else
   cowfs mount -f -v /srv/data                      in the foreground, with messages
+  cowfs mount -o snapshot=monday /srv/data /backup-source
 
   In /etc/fstab, with `ln -s \"$(command -v cowfs)\" /sbin/mount.fuse.cowfs`:
   /srv/data  /srv/data  fuse.cowfs  defaults,nofail  0  0";
@@ -121,47 +129,110 @@ pub(super) fn run_as_helper(args: &HelperArgs) -> std::result::Result<(), Failur
         ..Args::plain(args.source.clone(), args.mountpoint.clone())
     };
     if fake {
-        prepare(&args)?;
+        let options = parse_options(&args.options)?;
+        if options.remount {
+            return Ok(());
+        }
+        match options.snapshot.clone() {
+            Some(name) => mount_snapshot::prepare(&args, options, &name).map(drop)?,
+            None => prepare(&args, options).map(drop)?,
+        }
         return Ok(());
     }
     run(&args)
 }
 
 pub(super) fn run(args: &Args) -> std::result::Result<(), Failure> {
-    let config = prepare(args);
+    let options = parse_options(&args.options)?;
+    if let Some(kept) = args.inherited.take()? {
+        return serve(args, options, kept);
+    }
+    if options.remount {
+        return Ok(remount(args, &options)?);
+    }
+    if let Some(name) = options.snapshot.clone() {
+        return mount_snapshot::run(&mount_snapshot::prepare(args, options, &name)?);
+    }
+    let config = prepare(args, options);
     match (args.daemon, args.foreground) {
-        (true, _) => Ok(daemon::report(|ready| serve(config?, args, ready))?),
-        (false, true) => Ok(serve(config?, args, || Ok(()))?),
-        (false, false) => {
-            let config = config?;
-            daemon::spawn(&daemon::Launch {
-                config: &config,
-                verbose: args.verbose,
-                log: args.log.as_deref(),
-            })
-        }
+        (true, _) => daemon::report(|ready| keep(&config?, args, ready)),
+        (false, true) => keep(&config?, args, || Ok(())),
+        (false, false) => daemon::spawn(&launch(&config?, args)),
     }
 }
 
-/// Serves until unmounted. `ready` is told when the mount is usable.
-fn serve(
-    config: MountConfig,
+/// `-o remount`: new flags for a mount that is there. The source is not looked at, as with any filesystem.
+fn remount(args: &Args, options: &MountOptions) -> Result<()> {
+    if let Some(fixed) = options.fixed() {
+        return Err(Error::Usage(format!(
+            "mount option {fixed:?} cannot be changed by a remount; `cowfs umount` and mount anew"
+        )));
+    }
+    let path = args.mountpoint.as_ref().unwrap_or(&args.source);
+    let refuse = |why: String| Error::MountPoint {
+        path: path.clone(),
+        why,
+    };
+    let place = std::fs::canonicalize(path).map_err(|error| refuse(error.to_string()))?;
+    let mounts = control::mounts()?;
+    if !control::mount_of(&place, &mounts)
+        .is_some_and(|mount| mount.mountpoint == place && mount.is_cowfs())
+    {
+        return Err(refuse(
+            "no cowfs is mounted here that could be remounted; leave out \"remount\" to mount"
+                .into(),
+        ));
+    }
+    fuse::remount(&place, options)
+}
+
+fn launch<'a>(config: &'a MountConfig, args: &'a Args) -> daemon::Launch<'a> {
+    daemon::Launch {
+        config,
+        verbose: args.verbose,
+        log: args.log.as_deref(),
+        daemon: args.daemon,
+    }
+}
+
+/// Keeps the mount until it is unmounted. `ready` is told when it is usable.
+fn keep(
+    config: &MountConfig,
     args: &Args,
-    ready: impl FnOnce() -> Result<()> + Send,
-) -> Result<()> {
+    ready: impl Fn() -> Result<()>,
+) -> std::result::Result<(), Failure> {
+    let log = args.log.as_deref().map(open_log).transpose()?;
+    start_logging(args.verbose, log.as_ref())?;
+    keeper::keep(&launch(config, args), || {
+        if args.daemon {
+            daemon::leave_stderr(log.as_ref())?;
+        }
+        ready()
+    })
+}
+
+/// Serves the mount that a keeper keeps. What was to be checked has been checked.
+fn serve(args: &Args, options: MountOptions, kept: fuse::Kept) -> std::result::Result<(), Failure> {
     let log = args.log.as_deref().map(open_log).transpose()?;
     start_logging(args.verbose, log.as_ref())?;
     // The kernel has applied the umask of whoever creates a file; that of this process must not come on top.
     rustix::process::umask(Mode::empty());
-    let daemon = args.daemon;
-    fuse::serve(config, move || {
-        if daemon && let Err(error) = daemon::leave_stderr(log.as_ref()) {
+    let mountpoint = args
+        .mountpoint
+        .clone()
+        .unwrap_or_else(|| args.source.clone());
+    let root = rustix::process::geteuid().is_root();
+    let config = MountConfig::new(args.source.clone(), mountpoint, options, root);
+    let (daemon, log) = (args.daemon, log.as_ref());
+    let served = fuse::serve(config, kept, || {
+        if daemon && let Err(error) = daemon::leave_stderr(log) {
             log::warn!("{error}");
         }
-        if let Err(error) = ready() {
-            log::warn!("{error}");
-        }
-    })
+    });
+    match served {
+        Ok(()) => Ok(()),
+        Err(ended) => std::process::exit(keeper::exit_code(&ended)),
+    }
 }
 
 fn open_log(path: &Path) -> Result<File> {
@@ -193,8 +264,7 @@ fn start_logging(verbose: u8, log: Option<&File>) -> Result<()> {
 }
 
 /// Checks everything that can be told without opening the store.
-fn prepare(args: &Args) -> Result<MountConfig> {
-    let mut options = parse_options(&args.options)?;
+fn prepare(args: &Args, mut options: MountOptions) -> Result<MountConfig> {
     let source = check_source(&args.source)?;
     let mountpoint = match &args.mountpoint {
         Some(path) => check_mountpoint(path, &source)?,
@@ -203,7 +273,7 @@ fn prepare(args: &Args) -> Result<MountConfig> {
     if let Some(store) = options.store.take() {
         options.store = Some(check_store(&store, &source, &mountpoint)?);
     }
-    check_fuse()?;
+    fuse::check_may_mount()?;
     let root = rustix::process::geteuid().is_root();
     Ok(MountConfig::new(source, mountpoint, options, root))
 }
@@ -248,7 +318,7 @@ fn check_source(path: &Path) -> Result<PathBuf> {
     Ok(source)
 }
 
-fn check_mountpoint(path: &Path, source: &Path) -> Result<PathBuf> {
+pub(super) fn check_mountpoint(path: &Path, source: &Path) -> Result<PathBuf> {
     let refuse = |why: String| Error::MountPoint {
         path: path.to_path_buf(),
         why,
@@ -346,38 +416,6 @@ fn stat_directory(path: &Path) -> std::result::Result<(), Refusal> {
     } else {
         Err(Refusal(Errno::NOTDIR))
     }
-}
-
-/// Whether this process can mount at all.
-fn check_fuse() -> Result<()> {
-    let device = Path::new("/dev/fuse");
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    match rustix::fs::open(device, flags, Mode::empty()) {
-        Ok(_) => {}
-        Err(Errno::ACCESS | Errno::PERM) => {
-            return Err(Error::Permission(
-                "/dev/fuse: not permitted to open it; be root \
-                 (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
-                    .into(),
-            ));
-        }
-        Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
-            return Err(Error::Permission(
-                "/dev/fuse is missing; load the kernel's FUSE module with `modprobe fuse` \
-                 (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
-                    .into(),
-            ));
-        }
-        Err(errno) => return Err(Error::path("cannot open", device, errno)),
-    }
-    let privileged = rustix::thread::capabilities(None)
-        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
-    if !privileged {
-        return Err(Error::Permission(
-            "not permitted to mount; be root (in a container: --cap-add SYS_ADMIN)".into(),
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

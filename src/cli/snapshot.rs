@@ -40,6 +40,8 @@ enum Command {
     List(ListArgs),
     Delete(DeleteArgs),
     Rename(RenameArgs),
+    Hold(HoldArgs),
+    Release(HoldArgs),
 }
 
 /// Cut a snapshot and print its path.
@@ -118,8 +120,26 @@ const RENAME_EXAMPLE: &str = "\
 EXAMPLE
   cowfs snapshot rename /srv/data monday before-the-upgrade";
 
+/// Hold snapshots, so that nobody deletes them and none is given up for room, or let them go.
+///
+/// The arguments are [PATH] NAME..., as for `delete`.
+#[derive(clap::Args)]
+#[command(after_help = HOLD_EXAMPLE)]
+struct HoldArgs {
+    /// PATH, if not the current directory, and at least one NAME.
+    #[arg(value_name = "PATH> <NAME", num_args = 1.., required = true)]
+    words: Vec<OsString>,
+}
+
+const HOLD_EXAMPLE: &str = "\
+EXAMPLE
+  cowfs snapshot hold /srv/data monday
+  cowfs snapshot release /srv/data monday";
+
 pub(super) fn run(args: &Args) -> Result<()> {
     match &args.command {
+        Command::Hold(args) => hold(args, true),
+        Command::Release(args) => hold(args, false),
         Command::Create(args) => create(args),
         Command::List(args) => list(args),
         Command::Delete(args) => delete(args),
@@ -131,7 +151,17 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn directory(path: &Path) -> Result<PathBuf> {
     let root = control::find_mount(path)?;
     let status = control::status(&root)?;
-    Ok(root.join(status.snapshot_dir))
+    if status.snapshot.is_none() {
+        return Ok(root.join(status.snapshot_dir));
+    }
+    match control::find_live(path)? {
+        Some((live, status)) => Ok(live.join(status.snapshot_dir)),
+        None => Err(Error::MountPoint {
+            path: path.to_path_buf(),
+            why: "it shows one snapshot by itself, and the live mount cannot be seen from here"
+                .into(),
+        }),
+    }
 }
 
 /// Whether an argument that may be either is meant as a path.
@@ -255,6 +285,7 @@ struct ListedRest {
     created: String,
     held: bool,
     state: String,
+    why: Option<String>,
 }
 
 impl From<SnapshotStatus> for ListedRest {
@@ -264,6 +295,7 @@ impl From<SnapshotStatus> for ListedRest {
             created: status.created,
             held: status.held,
             state: status.state,
+            why: status.why,
         }
     }
 }
@@ -327,8 +359,23 @@ fn read(directory: &Path) -> Result<Vec<(OsString, SnapshotStatus)>> {
 
 fn delete(args: &DeleteArgs) -> Result<()> {
     for path in snapshots_named(&args.words)? {
-        rustix::fs::rmdir(&path)
-            .map_err(|errno| explain("cannot delete the snapshot", &path, errno))?;
+        rustix::fs::rmdir(&path).map_err(|errno| {
+            let status = control::snapshot_status(&path);
+            match errno {
+                Errno::BUSY if status.is_ok_and(|status| status.held) => {
+                    Error::SnapshotHeld(control::lossy(path.file_name().unwrap_or_default()))
+                }
+                errno => explain("cannot delete the snapshot", &path, errno),
+            }
+        })?;
+    }
+    Ok(())
+}
+
+fn hold(args: &HoldArgs, held: bool) -> Result<()> {
+    for path in snapshots_named(&args.words)? {
+        control::hold(&path, held)
+            .map_err(|errno| explain("cannot hold or release the snapshot", &path, errno))?;
     }
     Ok(())
 }
@@ -354,7 +401,7 @@ fn snapshots_named(words: &[OsString]) -> Result<Vec<PathBuf>> {
     }
     if names.is_empty() {
         return Err(Error::Usage(format!(
-            "name the snapshots of {} to delete; `cowfs snapshot list` shows those there are",
+            "name the snapshots of {}; `cowfs snapshot list` shows those there are",
             place.display()
         )));
     }

@@ -34,10 +34,42 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+fn space(status: &Status) -> String {
+    let space = &status.space;
+    let mut text = format!(
+        "{}: {} taken, room for {} more; on-full={}",
+        space.state,
+        output::size(space.used),
+        output::size(space.left),
+        space.on_full
+    );
+    if let Some(limit) = space.limit {
+        text += &format!(", limit {}", output::size(limit));
+    }
+    if space.reserve > 0 {
+        text += &format!(
+            ", {} of the disk's {} free to stay so",
+            output::size(space.reserve),
+            output::size(space.free)
+        );
+    }
+    text
+}
+
 fn rows(root: &Path, status: &Status) -> Vec<(&'static str, String)> {
     let mut rows = vec![
         ("mount point", output::printable(root.as_os_str())),
         ("source", output::printable(status.source.as_ref())),
+        (
+            "shows",
+            match &status.snapshot {
+                Some(name) => format!(
+                    "snapshot {}, by itself, read-only",
+                    output::printable(name.as_ref())
+                ),
+                None => "the live tree".into(),
+            },
+        ),
         ("state", status.state.clone()),
         (
             "mode",
@@ -61,6 +93,7 @@ fn rows(root: &Path, status: &Status) -> Vec<(&'static str, String)> {
                 output::size(status.index_bytes)
             ),
         ),
+        ("space", space(status)),
         ("retained files", status.retained_files.to_string()),
         ("open files", status.open_files.to_string()),
         ("known objects", status.known_objects.to_string()),
@@ -82,8 +115,29 @@ fn rows(root: &Path, status: &Status) -> Vec<(&'static str, String)> {
     ));
     rows.push((
         "daemon",
-        format!("pid {}, version {}", status.pid, status.version),
+        format!(
+            "pid {}, keeper {}, {} before, version {}",
+            status.pid, status.keeper, status.takeovers, status.version
+        ),
     ));
+    rows.extend(status.snapshot_mounts.iter().map(|mount| {
+        let places: Vec<_> = mount
+            .mountpoints
+            .iter()
+            .map(|at| output::printable(at.as_ref()))
+            .collect();
+        let places = if places.is_empty() {
+            "out of sight".into()
+        } else {
+            places.join(", ")
+        };
+        let name = output::printable(mount.snapshot.as_ref());
+        ("by itself", format!("{name}, at {places}"))
+    }));
+    rows.extend(status.suspect.iter().map(|name| {
+        let name = output::printable(name.as_ref());
+        ("suspect", format!("{name}, which may not be exact"))
+    }));
     rows.extend(status.damage.iter().map(|line| ("damage", line.clone())));
     rows
 }

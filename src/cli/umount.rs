@@ -1,6 +1,6 @@
 //! `cowfs umount`: detach a mount and wait until its store is written.
 
-use crate::control::{self, MountEntry};
+use crate::control::{self, MountEntry, SnapshotMount, Status};
 use crate::error::{Error, Result};
 use crate::sync::channel;
 use rustix::io::Errno;
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// How long the daemon may take to finish writing its store.
 const FINISH: Duration = Duration::from_secs(30);
+/// How long the end of a snapshot's mount may take to reach the daemon.
+const SETTLE: Duration = Duration::from_secs(2);
 /// How long a daemon may take to say who it is.
 const ANSWER: Duration = Duration::from_secs(5);
 
@@ -21,7 +23,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct Args {
-    /// Detach now, let those who still use the mount finish; do not wait for the daemon.
+    /// Detach now, with the mounts of its snapshots, and let those who still use it finish; do not wait.
     #[arg(short, long)]
     lazy: bool,
     /// The mount point.
@@ -77,7 +79,17 @@ pub(super) fn run(args: &Args) -> Result<()> {
 pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let place = locate(path)?;
     let mount = top_mount(path, &place)?;
-    let daemon = if lazy { None } else { daemon_of(&place) };
+    let status = if lazy { None } else { ask(&place) };
+    let daemon = match &status {
+        // The daemon goes on: it is that of the live mount.
+        Some(status) if status.snapshot.is_some() => None,
+        Some(status) => {
+            check_snapshot_mounts(&place, status)?;
+            // It ends after the daemon.
+            Process::find(status.keeper)
+        }
+        None => None,
+    };
     detach(&place, lazy)?;
     // The daemon lives on while the filesystem is mounted anywhere else.
     let elsewhere = control::mounts()?
@@ -165,13 +177,46 @@ impl Process {
     }
 }
 
-/// The daemon of a mount that answers in time.
-fn daemon_of(place: &Path) -> Option<Process> {
+/// Refuses to unmount a live tree under the mounts of its snapshots, which end with it.
+fn check_snapshot_mounts(place: &Path, status: &Status) -> Result<()> {
+    let shown = |mount: &SnapshotMount| match mount.mountpoints.first() {
+        Some(at) => format!("{} at {at}", mount.snapshot),
+        None => format!("{} out of sight of the daemon", mount.snapshot),
+    };
+    let deadline = Instant::now() + SETTLE;
+    let mut mounts = status.snapshot_mounts.clone();
+    // The daemon hears of the end of a mount only after umount(2) has returned.
+    while !mounts.is_empty()
+        && mounts.iter().all(|mount| mount.mountpoints.is_empty())
+        && Instant::now() < deadline
+    {
+        std::thread::sleep(Duration::from_millis(5));
+        mounts = control::status(place)?.snapshot_mounts;
+    }
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    let mounts: Vec<String> = mounts.iter().map(shown).collect();
+    Err(Error::MountPoint {
+        path: place.to_path_buf(),
+        why: format!(
+            "in use: its daemon serves mounts of snapshots ({}); unmount them first, or `cowfs umount --lazy`, \
+             which detaches them too",
+            mounts.join(", ")
+        ),
+    })
+}
+
+/// The status of a mount that answers in time.
+fn ask(place: &Path) -> Option<Status> {
     let (answer, asked) = channel::bounded(1);
     let place = place.to_path_buf();
     // In a thread of its own: a daemon that hangs must not keep the command from unmounting.
-    std::thread::spawn(move || answer.send(control::status(&place).map_or(0, |status| status.pid)));
-    asked.recv_timeout(ANSWER).ok().and_then(Process::find)
+    std::thread::spawn(move || {
+        // Nobody listens any more if it took too long.
+        let _ = answer.send(control::status(&place).ok());
+    });
+    asked.recv_timeout(ANSWER).ok().flatten()
 }
 
 fn detach(place: &Path, lazy: bool) -> Result<()> {

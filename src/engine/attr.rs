@@ -2,15 +2,19 @@
 
 use super::Engine;
 use super::backing::Backing;
-use super::creds::KillPriv;
+use super::creds::{KillPriv, Unprivileged};
 use super::handle::{LiveFile, OpenFile};
-use super::object::{Member, Node, NodeId, Object, ObjectRef, snapshot_node};
+use super::keep::Range;
+use super::object::{Member, Node, NodeId, Object, ObjectRef};
 use crate::error::{Error, Result};
 use crate::store::{AttrImage, Timestamp};
 use crate::sync::{Arc, Ordering};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
+
+/// The extended attribute in which a file's capabilities are (capabilities(7)).
+const CAPABILITIES: &[u8] = b"security.capability";
 
 /// Attributes of a node, as stat(2) shows them. `image.xattrs` is empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,6 +104,17 @@ impl Engine {
         }
     }
 
+    /// The size of an open file.
+    pub fn size(&self, file: &OpenFile) -> Result<u64> {
+        match file {
+            OpenFile::Live(live) => Ok(self.backing.stat(live.fd())?.size),
+            OpenFile::At(at) => {
+                let reading = self.reading(at.member.snapshot)?;
+                Ok(self.member_stat(reading.epoch, &at.member, None)?.size)
+            }
+        }
+    }
+
     fn live_attr(&self, object: &Object, fd: BorrowedFd<'_>) -> Result<Attr> {
         let image = self.backing.stat(fd)?;
         Ok(self.attr_of_live(object, image))
@@ -107,9 +122,9 @@ impl Engine {
 
     /// The attributes of a live object whose stat fields are known.
     pub(super) fn attr_of_live(&self, object: &Object, mut image: AttrImage) -> Attr {
-        // The link in `retained/` is not a name of the live tree.
+        // The link in `retained/`, and the `.` of a directory there, are not names of the live tree.
         if object.retained.load(Ordering::SeqCst) {
-            image.nlink = image.nlink.saturating_sub(1);
+            image.nlink = 0;
         }
         Attr {
             node: self.nodes.live_id(object.ino()),
@@ -120,12 +135,13 @@ impl Engine {
 
     /// The attributes of an object in a snapshot.
     pub(super) fn attr_of_member(&self, member: &Member) -> Result<Attr> {
-        let reading = self.reading(member.snapshot)?;
-        let image = self.member_stat(reading.epoch, member, None)?;
-        let node = snapshot_node(member.snapshot, member.entry.ino);
+        if let Some(attr) = self.attr_of_lost(member) {
+            return Ok(attr);
+        }
+        let image = self.in_snapshot(member.snapshot, |k| self.member_stat(k, member, None))?;
         Ok(Attr {
-            node,
-            shown: node,
+            node: member.node(),
+            shown: member.shown(),
             image: AttrImage {
                 xattrs: Vec::new(),
                 ..image
@@ -133,14 +149,14 @@ impl Engine {
         })
     }
 
-    /// Changes attributes: one operation of C1. `file`: an open file of the object; `kill_priv`: the caller
+    /// Changes attributes: one operation of C1. `file`: an open file of the object; `caller`: one who
     /// lacks `CAP_FSETID`.
     pub fn setattr(
         &self,
         node: &Node,
         set: &SetAttr,
         file: Option<&OpenFile>,
-        kill_priv: bool,
+        caller: Option<Unprivileged>,
     ) -> Result<Attr> {
         let Node::Live(object) = node else {
             return Err(Error::ReadOnly);
@@ -157,12 +173,14 @@ impl Engine {
         };
         self.change_attr(object, |op| {
             if let (Some(size), Some(fd)) = (set.size, writable) {
-                op.keep_data(object, fd, size, u64::MAX)?;
+                op.keep_data(object, fd, &Range::from_size(size))?;
+            }
+            if let Some(readable) = self.last_chance_to_read(object, set)? {
+                op.keep_data(object, readable.as_fd(), &Range::new(0, u64::MAX))?;
             }
             op.settle()?; // I1
             if let (Some(size), Some(fd)) = (set.size, writable) {
-                let _killing = KillPriv::when(kill_priv);
-                self.backing.truncate(fd, size)?;
+                self.for_caller(object, fd, caller, || self.backing.truncate(fd, size))?;
             }
             apply(&self.backing, fd.as_fd(), set)
         })?;
@@ -173,23 +191,44 @@ impl Engine {
         if object.entry.kind != libc::DT_REG {
             return Err(Errno::INVAL.into());
         }
-        self.backing.open_object(&object.entry, OFlags::RDWR)
+        self.backing.open_writable(&object.entry)
+    }
+
+    /// A user without root's powers who takes the right to read from an own file takes it from cowfs too, which
+    /// could not read for its snapshots any more: a descriptor to keep all of the file by, before that.
+    fn last_chance_to_read(&self, object: &Object, set: &SetAttr) -> Result<Option<OwnedFd>> {
+        let shuts = set.mode.is_some_and(|mode| mode & 0o400 == 0);
+        if !shuts || self.backing.overrides_modes() || object.entry.kind != libc::DT_REG {
+            return Ok(None);
+        }
+        match self.backing.open_object(&object.entry, OFlags::RDONLY) {
+            Err(Error::Os(Errno::ACCESS)) => Ok(None), // shut already
+            other => other.map(Some),
+        }
     }
 
     /// The one way to change attributes: lock, enter the epoch, keep them, settle, `apply`.
     fn change_attr(
         &self,
         object: &Object,
-        apply: impl FnOnce(&mut super::keep::Op<'_>) -> Result<()>,
+        mut apply: impl FnMut(&mut super::keep::Op<'_>) -> Result<()>,
     ) -> Result<()> {
-        let mut op = self.begin(&[object]);
-        op.keep_attr(object)?;
-        apply(&mut op)
+        // No space that snapshots hold would help: ENOSPC means that an inode has no room for more attributes.
+        self.with_room(u64::MAX, || {
+            let mut op = self.begin(&[object]);
+            op.keep_attr(object)?;
+            apply(&mut op)
+        })
     }
 
     /// The value of an extended attribute.
     pub fn getxattr(&self, node: &Node, name: &[u8]) -> Result<Vec<u8>> {
         match node {
+            Node::Live(object)
+                if name == CAPABILITIES && object.without_capabilities.load(Ordering::SeqCst) =>
+            {
+                Err(Errno::NODATA.into())
+            }
             Node::Live(object) => self
                 .backing
                 .get_xattr(self.object_fd(object)?.as_fd(), name),
@@ -219,8 +258,7 @@ impl Engine {
     }
 
     fn full_member(&self, member: &Arc<Member>) -> Result<AttrImage> {
-        let reading = self.reading(member.snapshot)?;
-        self.member_attr(reading.epoch, member)
+        self.in_snapshot(member.snapshot, |k| self.member_attr(k, member))
     }
 
     /// Sets an extended attribute; `flags` are those of setxattr(2). `kill_sgid`: an ACL set by one who is not
@@ -233,6 +271,11 @@ impl Engine {
         flags: i32,
         kill_sgid: bool,
     ) -> Result<()> {
+        if let Node::Live(object) = node
+            && name == CAPABILITIES
+        {
+            object.without_capabilities.store(false, Ordering::SeqCst);
+        }
         self.change_xattr(node, |fd| {
             let _killing = KillPriv::when(kill_sgid);
             self.backing.set_xattr(fd, name, value, flags)
@@ -247,7 +290,7 @@ impl Engine {
     fn change_xattr(
         &self,
         node: &Node,
-        change: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+        change: impl Fn(BorrowedFd<'_>) -> Result<()>,
     ) -> Result<()> {
         let Node::Live(object) = node else {
             return Err(Error::ReadOnly);
@@ -259,9 +302,10 @@ impl Engine {
         })
     }
 
-    /// fsync(2) of an open file: the journal first, then the file that it guards (C8).
+    /// fsync(2) of an open file: the journal first, as far as it guards this file, and then the file (C8).
     pub fn fsync(&self, file: &LiveFile, data_only: bool) -> Result<()> {
-        self.store.sync()?;
+        let owed = file.object.lock().owed;
+        self.pay(owed)?;
         self.backing.sync(file.fd(), data_only)
     }
 

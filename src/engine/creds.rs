@@ -1,7 +1,8 @@
 //! Acting for the caller: new objects belong to who asked for them, and only then.
 
+use crate::sync::LazyLock;
 use crate::sys;
-use rustix::process::getuid;
+use rustix::process::{getegid, getuid};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use std::cell::Cell;
 
@@ -17,6 +18,12 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// Whether a new object that came to belong to `group` should belong to the caller's group instead: without
+    /// root's powers cowfs could not take the caller's identity to make it.
+    pub fn wants_group(&self, group: u32) -> bool {
+        !is_root() && group == getegid().as_raw() && self.gid != group
+    }
+
     /// Root, with an empty umask.
     pub const ROOT: Self = Self {
         uid: 0,
@@ -25,9 +32,40 @@ impl Caller {
     };
 }
 
+/// A caller without `CAP_FSETID`: what it changes of a file's content clears setuid, setgid and capabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unprivileged {
+    /// The process.
+    pub pid: u32,
+    /// Its group; the others are in /proc.
+    pub gid: u32,
+}
+
+impl Unprivileged {
+    /// Whether the caller belongs to `group`. Its supplementary groups do not come with the request, so they are
+    /// looked up; a caller that cannot be seen counts as no member.
+    #[must_use]
+    pub fn is_member(self, group: u32) -> bool {
+        let listed = || {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+            let groups = status
+                .lines()
+                .find_map(|line| line.strip_prefix("Groups:"))?;
+            Some(groups.split_whitespace().any(|id| id.parse() == Ok(group)))
+        };
+        self.gid == group || listed().unwrap_or(false)
+    }
+}
+
 thread_local! {
-    /// Whether this thread has a umask of its own (CLONE_FS undone).
-    static OWN_FS: Cell<bool> = const { Cell::new(false) };
+    /// The umask of this thread, once it has one of its own (CLONE_FS undone).
+    static OWN_UMASK: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Whether cowfs runs as root, whose powers it needs to act for others.
+fn is_root() -> bool {
+    static ROOT: LazyLock<bool> = LazyLock::new(|| getuid().is_root());
+    *ROOT
 }
 
 /// The file system ids and umask of a [`Caller`], for as long as it lives; restored on drop.
@@ -43,15 +81,14 @@ impl ActingAs {
     /// Takes the caller's identity on the calling thread. Without root's power to change it, objects belong
     /// to the user that runs cowfs.
     pub fn new(caller: Caller) -> Self {
-        OWN_FS.with(|own| {
-            if !own.get() && sys::unshare_fs().is_ok() {
-                own.set(true);
-            }
-            if own.get() {
+        OWN_UMASK.with(|own| {
+            let known = own.get();
+            if known != Some(caller.umask) && (known.is_some() || sys::unshare_fs().is_ok()) {
                 rustix::process::umask(rustix::fs::Mode::from_raw_mode(caller.umask));
+                own.set(Some(caller.umask));
             }
         });
-        let ids = getuid().is_root() && (caller.uid != 0 || caller.gid != 0);
+        let ids = is_root() && (caller.uid != 0 || caller.gid != 0);
         if ids {
             sys::set_fs_ids(caller.uid, caller.gid);
             change_effective(|set| {
@@ -76,20 +113,40 @@ impl Drop for ActingAs {
 
 /// The calling thread without `CAP_FSETID`, so that the backing filesystem itself clears setuid, setgid and
 /// capabilities on a write or truncation, as it does for an ordinary caller (`FUSE_HANDLE_KILLPRIV_V2`).
-pub struct KillPriv(());
+pub struct KillPriv {
+    /// The thread has taken the file's group.
+    member: bool,
+}
 
 impl KillPriv {
     /// Drops the capability when `wanted`; it comes back when the value is dropped.
     pub fn when(wanted: bool) -> Option<Self> {
         wanted.then(|| {
             change_effective(|set| set - CapabilitySet::FSETID);
-            Self(())
+            Self { member: false }
         })
+    }
+
+    /// For a change by `caller` to the content of a file of that mode and group. Of a setgid bit without
+    /// permission for the group to execute, the backing filesystem asks whether the caller is of the group: if so
+    /// it stays (`setattr_should_drop_sgid` of the kernel's fs/attr.c). So the thread takes the group of a caller
+    /// who has it.
+    pub fn of(caller: Unprivileged, mode: u32, group: u32) -> Self {
+        change_effective(|set| set - CapabilitySet::FSETID);
+        let asks = mode & (libc::S_ISGID | libc::S_IXGRP) == libc::S_ISGID;
+        let member = asks && is_root() && caller.is_member(group);
+        if member {
+            sys::set_fs_ids(0, group);
+        }
+        Self { member }
     }
 }
 
 impl Drop for KillPriv {
     fn drop(&mut self) {
+        if self.member {
+            sys::set_fs_ids(0, 0);
+        }
         change_effective(|set| set | CapabilitySet::FSETID);
     }
 }

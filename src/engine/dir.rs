@@ -2,14 +2,14 @@
 
 use super::Engine;
 use super::attr::Attr;
-use super::backing::HIDDEN;
+use super::backing::{Call, HIDDEN};
 use super::handle::OpenDir;
-use super::object::{Member, Node, ObjectRef, folder_node, snapshot_node};
+use super::object::{Member, Node, Nodes, ObjectRef, folder_node, lost_node, snapshot_node};
 use super::view::OpenSnapshot;
 use crate::error::Result;
 use crate::ids::{Epoch, Ino};
 use crate::store::EntryImage;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, Ordering};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
@@ -51,7 +51,7 @@ pub struct MemberDir {
     pub member: Arc<Member>,
     entries: Vec<(Vec<u8>, EntryImage)>,
     /// Keeps the snapshot from being deleted.
-    _snapshot: OpenSnapshot,
+    snapshot: OpenSnapshot,
 }
 
 impl Engine {
@@ -71,11 +71,12 @@ impl Engine {
             }
             Node::At(member) => {
                 let snapshot = self.open_snapshot(member.snapshot)?;
-                let entries = self.list_member(member)?.into_iter().collect();
+                let listed = self.in_snapshot(member.snapshot, |k| self.list_member(k, member));
+                let entries = listed?.into_iter().collect();
                 Ok(OpenDir::At(MemberDir {
                     member: member.clone(),
                     entries,
-                    _snapshot: snapshot,
+                    snapshot,
                 }))
             }
             Node::Folder(dir) => Ok(OpenDir::Folder(dir.clone())),
@@ -93,6 +94,7 @@ impl Engine {
         match dir {
             OpenDir::Live(live) => self.read_live_dir(live, offset, take),
             OpenDir::At(at) => {
+                at.snapshot.sound()?;
                 for line in member_lines(at, offset) {
                     if !take(&line)? {
                         break;
@@ -150,15 +152,20 @@ impl Engine {
 
     /// Reads the next lines of a live directory from position `at` on.
     fn fill(&self, dir: &LiveDir, at: u64) -> Result<Vec<Line>> {
+        self.backing.before(Call::Read)?;
         rustix::fs::seek(&dir.fd, SeekFrom::Start(at))?;
         let mut buf = [MaybeUninit::uninit(); 32 * 1024];
         let mut lines = Vec::new();
         let mut raw = RawDir::new(&dir.fd, &mut buf);
+        let root = self.backing.root_entry().ino;
         while let Some(entry) = raw.next() {
             let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            // As in the root of any filesystem; what is above the backing directory is nobody's business.
+            let out = dir.object.ino() == root && name == b"..";
             lines.push(Line {
-                name: entry.file_name().to_bytes().to_vec(),
-                ino: entry.ino(),
+                name: name.to_vec(),
+                ino: if out { root.0 } else { entry.ino() },
                 kind: kind(entry.file_type()),
                 next: entry.next_entry_cookie(),
             });
@@ -176,10 +183,10 @@ impl Engine {
 
     /// The entries of a directory as of its snapshot: live entries first, then the pre-images over them.
     /// Whatever changes in between published its pre-image before (I1).
-    fn list_member(&self, member: &Member) -> Result<BTreeMap<Vec<u8>, EntryImage>> {
-        let reading = self.reading(member.snapshot)?;
+    fn list_member(&self, k: Epoch, member: &Member) -> Result<BTreeMap<Vec<u8>, EntryImage>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let fd = self.backing.open_object(&member.entry, flags)?;
+        self.backing.before(Call::Read)?;
         let mut entries = BTreeMap::new();
         let mut buf = [MaybeUninit::uninit(); 32 * 1024];
         let mut raw = RawDir::new(&fd, &mut buf);
@@ -193,15 +200,12 @@ impl Engine {
             let image = EntryImage {
                 ino: Ino(entry.ino()),
                 kind: kind(entry.file_type()),
-                handle: crate::store::ObjectHandle {
-                    kind: 0,
-                    bytes: Vec::new(),
-                },
+                handle: crate::store::ObjectHandle::default(),
             };
             entries.insert(name.to_vec(), image);
         }
         // I3
-        for (name, was) in self.store.entries_at(member.entry.ino, reading.epoch)? {
+        for (name, was) in self.store.entries_at(member.entry.ino, k)? {
             match was {
                 Some(image) => entries.insert(name, image),
                 None => entries.remove(&name),
@@ -231,7 +235,10 @@ impl Engine {
             let epoch = snapshot.info.epoch;
             lines.push(Line {
                 name: snapshot.info.name.clone(),
-                ino: snapshot_node(epoch, dir.ino()),
+                ino: match snapshot.is_invalid() {
+                    false => snapshot_node(epoch, dir.ino()),
+                    true => lost_node(epoch, dir.ino()),
+                },
                 kind: libc::DT_DIR,
                 next: epoch.0 + 2,
             });
@@ -248,14 +255,15 @@ impl Engine {
         }
     }
 
-    /// Looks an entry of a listing up, for a listing with attributes. `None` if it is gone by now.
-    pub fn look_up_line(&self, dir: &OpenDir, line: &Line) -> Result<Option<Attr>> {
+    /// Looks an entry of a listing up, for a listing with attributes. `None` if it is gone by now. `nodes` as
+    /// for [`Self::lookup_in`].
+    pub fn look_up_line(&self, nodes: &Nodes, dir: &OpenDir, line: &Line) -> Result<Option<Attr>> {
         let parent = match dir {
             OpenDir::Live(live) => Node::Live(live.object.clone()),
             OpenDir::At(at) => Node::At(at.member.clone()),
             OpenDir::Folder(dir) => Node::Folder(dir.clone()),
         };
-        match self.lookup(&parent, &line.name) {
+        match self.lookup_in(nodes, &parent, &line.name) {
             Ok(attr) => Ok(Some(attr)),
             Err(error) if error.errno() == Errno::NOENT => Ok(None),
             Err(error) => Err(error),
@@ -264,15 +272,15 @@ impl Engine {
 }
 
 fn member_lines(dir: &MemberDir, offset: u64) -> impl Iterator<Item = Line> + '_ {
-    let node = snapshot_node(dir.member.snapshot, dir.member.entry.ino);
-    let dots = [(&b"."[..], node), (b"..", node)]
+    let own = dir.member.shown();
+    let up = dir.member.up.load(Ordering::Relaxed);
+    let dots = [(&b"."[..], own), (b"..", up)]
         .into_iter()
         .map(|(name, ino)| (name, ino, libc::DT_DIR));
-    let k = dir.member.snapshot;
-    let entries = dir
-        .entries
-        .iter()
-        .map(move |(name, entry)| (name.as_slice(), snapshot_node(k, entry.ino), entry.kind));
+    let entries = dir.entries.iter().map(|(name, entry)| {
+        let node = dir.member.node_of(entry.ino);
+        (name.as_slice(), node, entry.kind)
+    });
     dots.chain(entries)
         .zip(1..)
         .skip(offset as usize)

@@ -2,9 +2,12 @@
 
 use super::Engine;
 use super::dir::{LiveDir, MemberDir};
-use super::object::{Member, Node, NodeId, ObjectRef};
+use super::inventory::{Inventory, KnownHandle, Slot};
+use super::object::{Member, Node, NodeId, ObjectRef, folder_node, live_node};
 use super::view::OpenSnapshot;
 use crate::error::{Error, Result};
+use crate::ids::Ino;
+use crate::store::EntryImage;
 use crate::sync::{Arc, AtomicU64, Ordering, RwLock};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
@@ -20,8 +23,16 @@ pub struct LiveFile {
     pub(super) writable: bool,
     /// Whether the caller can map it shared and writable.
     mappable: bool,
+    /// The flags of open(2).
+    flags: i32,
     /// Opened with `O_SYNC` (false) or `O_DSYNC` (true): each write is synced before it returns.
     pub sync_each_write: Option<bool>,
+}
+
+impl Drop for LiveFile {
+    fn drop(&mut self) {
+        self.object.opens.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// A file of a snapshot, open for reading. Keeps the snapshot from being deleted.
@@ -57,8 +68,42 @@ pub type HandleId = u64;
 /// What is open, by number. A number is never used twice, so that a late request cannot reach another file.
 pub struct Handles {
     next: AtomicU64,
-    files: [RwLock<HashMap<HandleId, Arc<OpenFile>>>; 16],
-    dirs: RwLock<HashMap<HandleId, Arc<OpenDir>>>,
+    files: [RwLock<HashMap<HandleId, Open<OpenFile>>>; 16],
+    dirs: RwLock<HashMap<HandleId, Open<OpenDir>>>,
+    /// Where what is open is written down for the next daemon, with the root by which nodes are numbered.
+    inventory: Option<(Arc<Inventory>, Ino)>,
+}
+
+/// What is open, and where the inventory has it.
+struct Open<T> {
+    what: Arc<T>,
+    slot: Option<Slot>,
+}
+
+impl OpenFile {
+    fn node(&self, root: Ino) -> NodeId {
+        match self {
+            Self::Live(live) => live_node(live.object.ino(), root),
+            Self::At(at) => at.member.node(),
+        }
+    }
+
+    fn flags(&self) -> i32 {
+        match self {
+            Self::Live(live) => live.flags,
+            Self::At(_) => libc::O_RDONLY,
+        }
+    }
+}
+
+impl OpenDir {
+    fn node(&self, root: Ino) -> NodeId {
+        match self {
+            Self::Live(live) => live_node(live.object.ino(), root),
+            Self::At(at) => at.member.node(),
+            Self::Folder(dir) => folder_node(live_node(dir.ino(), root)),
+        }
+    }
 }
 
 impl Default for Handles {
@@ -67,16 +112,56 @@ impl Default for Handles {
             next: AtomicU64::new(1),
             files: Default::default(),
             dirs: RwLock::default(),
+            inventory: None,
         }
     }
 }
 
 impl Handles {
+    /// An empty table, written down in `inventory`; the tree's root directory is `root`.
+    pub fn new(inventory: Option<Arc<Inventory>>, root: Ino) -> Self {
+        Self {
+            inventory: inventory.map(|inventory| (inventory, root)),
+            ..Self::default()
+        }
+    }
+
+    fn note(&self, known: impl FnOnce(Ino) -> KnownHandle) -> Option<Slot> {
+        let (inventory, root) = self.inventory.as_ref()?;
+        inventory.add_handle(&known(*root))
+    }
+
+    fn erase(&self, slot: Option<Slot>) {
+        if let (Some((inventory, _)), Some(slot)) = (&self.inventory, slot) {
+            inventory.remove(slot);
+        }
+    }
+
+    /// Takes up a file that an earlier daemon of this mount had opened.
+    pub(super) fn restore_file(&self, slot: Slot, id: HandleId, file: OpenFile) {
+        self.next.fetch_max(id + 1, Ordering::Relaxed);
+        let open = Open {
+            what: Arc::new(file),
+            slot: Some(slot),
+        };
+        self.shard(id).write().insert(id, open);
+    }
+
+    /// Takes up a directory that an earlier daemon of this mount had opened.
+    pub(super) fn restore_dir(&self, slot: Slot, id: HandleId, dir: OpenDir) {
+        self.next.fetch_max(id + 1, Ordering::Relaxed);
+        let open = Open {
+            what: Arc::new(dir),
+            slot: Some(slot),
+        };
+        self.dirs.write().insert(id, open);
+    }
+
     fn id(&self) -> HandleId {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn shard(&self, id: HandleId) -> &RwLock<HashMap<HandleId, Arc<OpenFile>>> {
+    fn shard(&self, id: HandleId) -> &RwLock<HashMap<HandleId, Open<OpenFile>>> {
         &self.files[(id % 16) as usize]
     }
 
@@ -85,69 +170,94 @@ impl Handles {
         let files: usize = self.files.iter().map(|shard| shard.read().len()).sum();
         (files + self.dirs.read().len()) as u64
     }
-}
 
-impl Engine {
-    /// Registers an open file.
-    pub fn add_file(&self, file: OpenFile) -> HandleId {
-        let id = self.handles.id();
-        self.handles.shard(id).write().insert(id, Arc::new(file));
+    /// Registers a file that the request `unique` opened.
+    pub fn add_file(&self, file: OpenFile, unique: u64) -> HandleId {
+        let id = self.id();
+        let slot = self.note(|root| KnownHandle {
+            id,
+            node: file.node(root),
+            flags: file.flags(),
+            unique,
+            directory: false,
+        });
+        let what = Arc::new(file);
+        self.shard(id).write().insert(id, Open { what, slot });
         id
     }
 
     /// The open file behind a number.
     pub fn file(&self, id: HandleId) -> Result<Arc<OpenFile>> {
-        self.handles
-            .shard(id)
+        self.shard(id)
             .read()
             .get(&id)
-            .cloned()
+            .map(|open| open.what.clone())
             .ok_or(Error::Os(Errno::BADF))
     }
 
     /// Forgets an open file; it closes when the last request on it is done.
     pub fn close_file(&self, id: HandleId) {
         // The value outlives the lock: closing may block.
-        let file = self.handles.shard(id).write().remove(&id);
+        let file = self.shard(id).write().remove(&id);
+        self.erase(file.as_ref().and_then(|open| open.slot));
         drop(file);
     }
 
-    /// Registers an open directory.
-    pub fn add_dir(&self, dir: OpenDir) -> HandleId {
-        let id = self.handles.id();
-        self.handles.dirs.write().insert(id, Arc::new(dir));
+    /// Registers a directory that the request `unique` opened.
+    pub fn add_dir(&self, dir: OpenDir, unique: u64) -> HandleId {
+        let id = self.id();
+        let slot = self.note(|root| KnownHandle {
+            id,
+            node: dir.node(root),
+            flags: 0,
+            unique,
+            directory: true,
+        });
+        let what = Arc::new(dir);
+        self.dirs.write().insert(id, Open { what, slot });
         id
     }
 
     /// The open directory behind a number.
     pub fn dir(&self, id: HandleId) -> Result<Arc<OpenDir>> {
-        self.handles
-            .dirs
+        self.dirs
             .read()
             .get(&id)
-            .cloned()
+            .map(|open| open.what.clone())
             .ok_or(Error::Os(Errno::BADF))
     }
 
     /// Forgets an open directory.
     pub fn close_dir(&self, id: HandleId) {
-        let dir = self.handles.dirs.write().remove(&id);
+        let dir = self.dirs.write().remove(&id);
+        self.erase(dir.as_ref().and_then(|open| open.slot));
         drop(dir);
     }
+}
 
-    /// How many files and directories are open.
-    pub fn open_handles(&self) -> u64 {
-        self.handles.count()
+impl Engine {
+    /// What is open through the live mount.
+    pub fn handles(&self) -> &Arc<Handles> {
+        &self.handles
     }
 
     /// The nodes of files that may be mapped shared and writable: those open for reading and writing (mmap(2),
     /// `EACCES`). A mapping keeps its file open.
     pub(super) fn shared_writable(&self) -> Vec<NodeId> {
+        self.open_live_files(|live| live.mappable)
+    }
+
+    /// The nodes of files of the live tree that are open for writing.
+    pub fn writable_nodes(&self) -> Vec<NodeId> {
+        self.open_live_files(|live| live.writable)
+    }
+
+    fn open_live_files(&self, wanted: impl Fn(&LiveFile) -> bool) -> Vec<NodeId> {
         let mut nodes = Vec::new();
         for shard in &self.handles.files {
             for file in shard.read().values() {
-                match &**file {
-                    OpenFile::Live(live) if live.mappable => {
+                match &*file.what {
+                    OpenFile::Live(live) if wanted(live) => {
                         nodes.push(self.nodes.live_id(live.object.ino()));
                     }
                     _ => {}
@@ -168,7 +278,7 @@ impl Engine {
             Node::At(_) | Node::Folder(_) if writes => Err(Error::ReadOnly),
             Node::At(member) => {
                 let snapshot = self.open_snapshot(member.snapshot)?;
-                let fd = self.backing.open_object(&member.entry, OFlags::RDONLY)?;
+                let fd = self.open_member(&member.entry)?;
                 Ok(OpenFile::At(MemberFile {
                     member: member.clone(),
                     fd,
@@ -179,11 +289,25 @@ impl Engine {
         }
     }
 
+    /// The live object behind a file of a snapshot. One that its user has shut themself out of since was kept
+    /// whole before that ([`Engine::setattr`]), and a descriptor that reads nothing will do.
+    fn open_member(&self, entry: &EntryImage) -> Result<OwnedFd> {
+        match self.backing.open_object(entry, OFlags::RDONLY) {
+            Err(Error::Os(Errno::ACCESS)) if !self.backing.overrides_modes() => {
+                self.backing.open_object(entry, OFlags::PATH)
+            }
+            other => other,
+        }
+    }
+
     pub(super) fn open_live(&self, object: &ObjectRef, flags: i32) -> Result<LiveFile> {
-        let fd = self.backing.open_object(&object.entry, access(flags))?;
+        let fd = match access(flags) {
+            OFlags::RDONLY => self.backing.open_object(&object.entry, OFlags::RDONLY)?,
+            _ => self.backing.open_writable(&object.entry)?,
+        };
         let file = LiveFile::new(object.clone(), fd, flags);
         if flags & libc::O_TRUNC != 0 {
-            self.truncate(object, file.fd.as_fd(), 0, false)?;
+            self.truncate(object, file.fd.as_fd(), 0, None)?;
         }
         Ok(file)
     }
@@ -210,11 +334,13 @@ pub(super) fn sync_mode(flags: i32) -> Option<bool> {
 impl LiveFile {
     /// A file opened on the backing filesystem for a caller that asked for `flags`.
     pub(super) fn new(object: ObjectRef, fd: OwnedFd, flags: i32) -> Self {
+        object.opens.fetch_add(1, Ordering::SeqCst);
         Self {
             object,
             fd,
             writable: access(flags) == OFlags::RDWR,
             mappable: flags & libc::O_ACCMODE == libc::O_RDWR,
+            flags: flags & !libc::O_TRUNC,
             sync_each_write: sync_mode(flags),
         }
     }

@@ -4,16 +4,20 @@
 //! appends the pre-image of one aspect to the journal unless one is there already (I2); only then may the
 //! caller change the backing directory (I1).
 
+mod data;
+
+pub use data::Range;
+
 use super::Engine;
-use super::backing::data_map;
 use super::epoch::InFlight;
-use super::object::{Kept, Known, Object};
+use super::object::{Kept, Known, Object, ObjectGuard, Owed};
+use super::room::{SMALL, UnderCut};
+use crate::config::Durability;
 use crate::error::{Error, Result};
-use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino, Lsn};
-use crate::store::{AttrImage, ExtentData, Retained};
-use crate::sync::{Arc, MutexGuard, Ordering};
-use rustix::fd::{AsFd, BorrowedFd};
-use rustix::fs::OFlags;
+use crate::ids::{Epoch, Ino, Lsn};
+use crate::store::{AttrImage, Retained, Store};
+use crate::sync::{Arc, Ordering};
+use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::time::Instant;
 
@@ -26,9 +30,9 @@ pub struct Op<'a> {
     /// The epoch that was entered.
     entered: Epoch,
     _inflight: InFlight<'a>,
-    locked: [Option<(Ino, MutexGuard<'a, Kept>)>; MOST_OBJECTS],
-    /// The last pre-image appended, for strict durability.
-    appended: Option<Lsn>,
+    locked: [Option<(Ino, ObjectGuard<'a>)>; MOST_OBJECTS],
+    /// A name goes: that may exceed the limit of the store, since it is how room is made.
+    removes: bool,
 }
 
 /// What an operation has to keep of an object.
@@ -38,15 +42,6 @@ struct Aim {
     label: Epoch,
     /// The newest snapshot not later than `label`: a pre-image labelled from here on serves it.
     base: Epoch,
-}
-
-/// A file of which data is being kept.
-struct Keeping<'f> {
-    object: &'f Object,
-    fd: BorrowedFd<'f>,
-    aim: Aim,
-    /// Its size at the cut.
-    size: u64,
 }
 
 impl Engine {
@@ -80,7 +75,7 @@ impl Engine {
             entered,
             _inflight: inflight,
             locked,
-            appended: None,
+            removes: false,
         }
     }
 
@@ -105,10 +100,20 @@ impl Engine {
             .find(|k| *k <= epoch)
     }
 
-    /// Recomputes the snapshots that pre-images are kept for, with the one being `cut`.
-    pub(super) fn refresh_guards(&self, cut: Option<Epoch>) {
-        let mut all = self.snapshots.epochs();
-        all.extend(cut);
+    /// Waits until what of the journal guards an object is durable.
+    pub(super) fn pay(&self, owed: Owed) -> Result<()> {
+        match owed {
+            Owed::Nothing => Ok(()),
+            Owed::UpTo(lsn) => self.store.wait_durable(lsn),
+            Owed::Unknown => self.store.sync(),
+        }
+    }
+
+    /// Recomputes the snapshots that pre-images are kept for, with the one being `cut`. The caller holds the lock
+    /// that this comes from.
+    pub(super) fn refresh_guards(&self, cut: Option<UnderCut>) {
+        let mut all = self.snapshots.kept();
+        all.extend(cut.filter(|cut| !cut.spoiled).map(|cut| cut.epoch));
         *self.guards.write() = Arc::from(all);
     }
 }
@@ -126,6 +131,16 @@ impl<'a> Op<'a> {
             .find(|(ino, _)| *ino == object.ino())
             .map(|(_, kept)| &mut **kept)
             .ok_or(Error::Os(Errno::INVAL))
+    }
+
+    /// Whether no name in `dir` has changed since its changes were `before`.
+    pub fn unchanged(&mut self, dir: &Object, before: u64) -> Result<bool> {
+        Ok(self.kept(dir)?.changes == before)
+    }
+
+    /// Lets this operation keep what a removal needs beyond the limit of the store.
+    pub fn removes(&mut self) {
+        self.removes = true;
     }
 
     /// What has to be kept of `object`; `None` if no snapshot shows it: there is none, or it was born after
@@ -161,18 +176,30 @@ impl<'a> Op<'a> {
             removed: aim.label,
             origin: origin.map(|(dir, name)| (dir.ino(), dir.entry.handle.clone(), name.to_vec())),
         };
-        self.appended = Some(self.engine.store.record_retained(&record)?);
+        let birth = record.birth;
+        self.append(
+            object,
+            aim,
+            SMALL,
+            |s| s.record_retained(&record),
+            |_| Ok(birth),
+        )?;
         Ok(true)
     }
 
     /// Notes in which epoch the new object `object` was born, so that no snapshot up to then keeps anything
     /// of it.
-    pub fn born(&mut self, dir: &Object, object: Ino) -> Result<Epoch> {
+    pub fn born(&mut self, dir: &Object, object: Ino) -> Epoch {
         let epoch = self.epoch_of(dir);
         if self.engine.guard(epoch).is_some() {
-            self.engine.store.record_birth(object, epoch)?;
+            // The object is there, so the operation has succeeded. Without a record it counts as old, and more is
+            // kept of it than need be.
+            if let Err(error) = self.engine.store.record_birth(object, epoch) {
+                log::debug!("the birth of object {object} is not recorded: {error}");
+                return Epoch(0);
+            }
         }
-        Ok(epoch)
+        epoch
     }
 
     /// Keeps the attributes of `object`.
@@ -207,11 +234,16 @@ impl<'a> Op<'a> {
             nlink,
             ..image.clone()
         };
-        self.appended = Some(
-            self.engine
-                .store
-                .keep_attr(object.ino(), aim.label, &image)?,
-        );
+        let ino = object.ino();
+        let xattrs = image.xattrs.iter().map(|(n, v)| n.len() + v.len());
+        let bytes = SMALL + xattrs.sum::<usize>() as u64;
+        self.append(
+            object,
+            aim,
+            bytes,
+            |store| store.keep_attr(ino, aim.label, &image),
+            |store| store.attr_label(ino, aim.base),
+        )?;
         let kept = self.kept(object)?;
         kept.attr = Known::Yes(image.size);
         kept.note(aim.label);
@@ -220,6 +252,7 @@ impl<'a> Op<'a> {
 
     /// Keeps what `name` in the directory `dir` means.
     pub fn keep_entry(&mut self, dir: &Object, name: &[u8]) -> Result<()> {
+        self.kept(dir)?.changes += 1;
         let Some(aim) = self.aim(dir)? else {
             return Ok(());
         };
@@ -233,222 +266,80 @@ impl<'a> Op<'a> {
             .backing
             .find(fd.as_fd(), name)?
             .map(|found| found.entry);
-        self.appended = Some(
-            engine
-                .store
-                .keep_entry(dir.ino(), name, aim.label, was.as_ref())?,
-        );
-        Ok(())
+        let ino = dir.ino();
+        self.append(
+            dir,
+            aim,
+            SMALL,
+            |store| store.keep_entry(ino, name, aim.label, was.as_ref()),
+            |store| store.entry_label(ino, name, aim.base),
+        )
     }
 
-    /// Keeps the attributes of a file and what of its bytes `start..end` the cut had and is not kept yet.
-    /// `fd` is a descriptor of the file; one that cannot be read from is replaced for the purpose.
-    pub fn keep_data(
+    /// Appends what `object` needs kept. The change that it guards need not be that of this operation: one that
+    /// fails half-way leaves what it kept to the next. `after` is the latest cut that does not need it.
+    ///
+    /// # Errors
+    /// [`Error::StoreFull`] if there is no room for its `bytes`.
+    fn append(
         &mut self,
         object: &Object,
-        fd: BorrowedFd<'_>,
-        start: u64,
-        end: u64,
+        aim: Aim,
+        bytes: u64,
+        append: impl FnOnce(&Store) -> Result<Lsn>,
+        after: impl FnOnce(&Store) -> Result<Epoch>,
     ) -> Result<()> {
-        let Some(aim) = self.aim(object)? else {
-            return Ok(());
-        };
-        let size = match self.attr_kept(object, aim)? {
-            Known::Yes(size) => size,
-            _ => {
-                let image = self.engine.backing.full_attr(fd)?;
-                self.append_attr(object, aim, &image)?;
-                image.size
-            }
-        };
-        let file = Keeping {
-            object,
-            fd,
-            aim,
-            size,
-        };
-        if start >= size {
-            return self.keep_tail_hole(&file);
-        }
-        let end = end.min(size);
-        if start >= end {
-            return Ok(());
-        }
-        let (first, last) = (start / BLOCK as u64, (end - 1) / BLOCK as u64);
-        for chunk in first / CHUNK_BLOCKS..=last / CHUNK_BLOCKS {
-            let from = first.max(chunk * CHUNK_BLOCKS);
-            let to = (last + 1).min((chunk + 1) * CHUNK_BLOCKS);
-            self.keep_chunk(&file, from, to)?;
-        }
-        Ok(())
-    }
-
-    /// A change past the end that the cut had changes no byte of the snapshot. But the last block, if it is a
-    /// hole, may come to be data: by a write into it, or because the filesystem fills it with zeros when the
-    /// file grows (C5).
-    fn keep_tail_hole(&mut self, file: &Keeping<'_>) -> Result<()> {
-        let kept = self.kept(file.object)?;
-        if std::mem::replace(&mut kept.tail_looked_at, true)
-            || file.size.is_multiple_of(BLOCK as u64)
-        {
-            return Ok(());
-        }
-        let last = file.size / BLOCK as u64;
-        let at = last * BLOCK as u64;
-        let data = self.engine.backing.seek(file.fd, at, false)?;
-        if data.is_some_and(|at| at < file.size) {
-            return Ok(());
-        }
-        self.keep_chunk(file, last, last + 1)
-    }
-
-    /// Keeps the blocks `from..to` of one chunk that are not kept yet.
-    fn keep_chunk(&mut self, file: &Keeping<'_>, from: u64, to: u64) -> Result<()> {
-        let chunk = from / CHUNK_BLOCKS;
         let engine = self.engine;
-        let kept = self.kept(file.object)?;
-        let mut map = match kept.chunks.get(&chunk) {
-            Some(map) => *map,
-            None if kept.fresh => [0; 4],
-            None => engine
-                .store
-                .kept_blocks(file.object.ino(), file.aim.base, chunk)?,
-        };
-        let mut block = from;
-        while block < to {
-            if bit(&map, block) {
-                block += 1;
-                continue;
+        let room = engine.room.take(bytes) || self.removes;
+        match room.then(|| self.append_durably(object, append)) {
+            Some(Err(error)) if !error.is_full() => Err(error),
+            Some(Ok(())) => Ok(()),
+            _ => {
+                let (after, label) = (after(&engine.store)?, aim.label);
+                Err(Error::StoreFull { after, label })
             }
-            let start = block;
-            // I2
-            while block < to && !bit(&map, block) {
-                set_bit(&mut map, block);
-                block += 1;
-            }
-            self.keep_run(file, start, block)?;
         }
-        // Only now: a run that failed must not count as kept.
-        self.kept(file.object)?.chunks.insert(chunk, map);
-        Ok(())
     }
 
-    /// Keeps the blocks `from..to`, none of which is kept yet, with their holes as holes.
-    fn keep_run(&mut self, file: &Keeping<'_>, from: u64, to: u64) -> Result<()> {
-        let backing = &self.engine.backing;
-        let block = BLOCK as u64;
-        let pieces = data_map(backing, file.fd, from * block, (to * block).min(file.size))?;
-        for (first, last, data) in block_map(&pieces, from, to) {
-            if !data {
-                self.append_extent(
-                    file,
-                    first,
-                    ExtentData::Hole {
-                        blocks: last - first,
-                    },
-                )?;
-                continue;
-            }
-            let mut buf = vec![0; ((last - first) * block) as usize];
-            match backing.read(file.fd, first * block, &mut buf) {
-                // A descriptor opened for writing only.
-                Err(Error::Os(Errno::BADF)) => {
-                    let readable = backing.open_object(&file.object.entry, OFlags::RDONLY)?;
-                    backing.read(readable.as_fd(), first * block, &mut buf)?;
-                }
-                other => drop(other?),
-            }
-            self.append_extent(file, first, ExtentData::Bytes(&buf))?;
-        }
-        Ok(())
-    }
-
-    fn append_extent(
+    fn append_durably(
         &mut self,
-        file: &Keeping<'_>,
-        first: u64,
-        data: ExtentData<'_>,
+        object: &Object,
+        append: impl FnOnce(&Store) -> Result<Lsn>,
     ) -> Result<()> {
-        let (ino, label) = (file.object.ino(), file.aim.label);
-        self.appended = Some(self.engine.store.keep_extent(ino, label, first, data)?);
-        self.kept(file.object)?.note(label);
+        let engine = self.engine;
+        let ordered = engine.durability == Durability::Ordered;
+        if ordered {
+            engine.store.mark_dirty(false)?;
+        }
+        let lsn = append(&engine.store)?;
+        self.kept(object)?.owed = Owed::UpTo(lsn);
+        if ordered {
+            engine.store.mark_dirty(true)?;
+        }
         Ok(())
     }
 
     /// To be called after the last `keep_*` and before the change: under strict durability the pre-images
     /// are on stable storage when it returns (I1, C8).
     pub fn settle(&mut self) -> Result<()> {
-        self.engine.settle(self.appended.take())
-    }
-}
-
-/// Pieces of bytes as pieces of the blocks `from..to`: `(first, past the last, is_data)`. A block is a hole
-/// if nothing in it is data.
-fn block_map(pieces: &[(u64, u64, bool)], from: u64, to: u64) -> Vec<(u64, u64, bool)> {
-    let block = BLOCK as u64;
-    let mut blocks: Vec<(u64, u64, bool)> = Vec::new();
-    let mut done = from;
-    for &(start, end, _) in pieces.iter().filter(|piece| piece.2) {
-        let (first, last) = ((start / block).max(done), end.div_ceil(block).min(to));
-        if first >= last {
-            continue;
+        if self.engine.durability == Durability::Strict {
+            for (_, kept) in self.locked.iter_mut().flatten() {
+                self.engine.pay(kept.owed)?;
+                kept.owed = Owed::Nothing;
+            }
         }
-        if first > done {
-            blocks.push((done, first, false));
-        }
-        match blocks.last_mut() {
-            Some(previous) if previous.2 => previous.1 = last,
-            _ => blocks.push((first, last, true)),
-        }
-        done = last;
-    }
-    if done < to {
-        blocks.push((done, to, false));
-    }
-    blocks
-}
-
-fn bit(map: &[u64; 4], block: u64) -> bool {
-    let at = (block % CHUNK_BLOCKS) as usize;
-    map[at / 64] >> (at % 64) & 1 == 1
-}
-
-fn set_bit(map: &mut [u64; 4], block: u64) {
-    let at = (block % CHUNK_BLOCKS) as usize;
-    map[at / 64] |= 1 << (at % 64);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_block_is_a_hole_only_if_nothing_in_it_is_data() {
-        let b = BLOCK as u64;
-        assert_eq!(block_map(&[(0, 3 * b, false)], 0, 3), [(0, 3, false)]);
-        assert_eq!(block_map(&[(b, 2 * b, true)], 1, 2), [(1, 2, true)]);
-        // A hole that begins and ends within blocks of data leaves only its whole blocks.
-        let pieces = [
-            (0, b + 1, true),
-            (b + 1, 5 * b - 1, false),
-            (5 * b - 1, 6 * b, true),
-        ];
-        assert_eq!(
-            block_map(&pieces, 0, 6),
-            [(0, 2, true), (2, 4, false), (4, 6, true)]
-        );
-        let pieces = [(0, 1, true), (1, b, false), (b - 1, b, true)];
-        assert_eq!(block_map(&pieces, 0, 2), [(0, 1, true), (1, 2, false)]);
+        Ok(())
     }
 
-    #[test]
-    fn bits_of_a_chunk_do_not_overlap() {
-        let mut map = [0; 4];
-        for block in [0, 63, 64, 255, CHUNK_BLOCKS + 1] {
-            assert!(!bit(&map, block));
-            set_bit(&mut map, block);
-            assert!(bit(&map, block));
-        }
-        assert_eq!(map.iter().map(|word| word.count_ones()).sum::<u32>(), 5);
+    /// Whether [`Self::settle`] would have to wait for the disk.
+    pub fn must_wait(&self) -> bool {
+        let store = &self.engine.store;
+        let waits = |kept: &Kept| match kept.owed {
+            Owed::Nothing => false,
+            Owed::UpTo(lsn) => !store.is_durable(lsn),
+            Owed::Unknown => !store.is_all_durable(),
+        };
+        self.engine.durability == Durability::Strict
+            && self.locked.iter().flatten().any(|(_, kept)| waits(kept))
     }
 }

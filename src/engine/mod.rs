@@ -1,40 +1,51 @@
 //! Snapshot semantics over a backing directory. Knows no FUSE: an adapter or a test calls it directly.
 
+pub mod alone;
 pub mod attr;
 pub mod backing;
+pub mod check;
 pub mod creds;
 pub mod dir;
 pub mod epoch;
 pub mod handle;
+pub mod inventory;
 pub mod keep;
 pub mod names;
 pub mod object;
+mod orphans;
 pub mod read;
+mod recalled;
 pub mod recover;
+pub mod room;
+pub mod session;
 pub mod snapshot;
 pub mod upkeep;
 pub mod view;
 pub mod write;
 
-use crate::config::Durability;
+use crate::config::{Durability, SpacePolicy};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
-use crate::store::{Store, StoreOptions};
+use crate::store::media::Media;
+use crate::store::{self, Store, StoreOptions};
 use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
 use backing::Backing;
+pub use backing::{Call, Change, Failure, Faults, Reach, Witness};
 use epoch::Epochs;
 use handle::Handles;
+use inventory::{Found, Inventory};
 use object::{Node, NodeId, Nodes, Object, ObjectRef};
+use room::{Room, UnderCut};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use snapshot::CutReport;
+use snapshot::{Barrier, CutReport};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use upkeep::Upkeep;
 use view::Snapshots;
 
 /// What an engine is opened with.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct EngineOptions {
     /// The directory of the journal and index; `None`: inside the backing directory's `.cowfs`.
     pub store: Option<PathBuf>,
@@ -45,13 +56,27 @@ pub struct EngineOptions {
     pub upkeep: Option<Duration>,
     /// The name under which snapshots are reached.
     pub snapshot_dir: Vec<u8>,
-    /// Segment sizes and kind of index.
+    /// How objects of the backing directory are opened.
+    pub reach: Reach,
+    /// How much space snapshots may take.
+    pub space: SpacePolicy,
+    /// Whoever may write to the root directory may create snapshots.
+    pub user_snapshots: bool,
+    /// Segment sizes and kind of index. Without a number of the machine's boot the kernel is asked for it.
     pub tuning: StoreOptions,
+    /// Where the journal is, if not on files in the store's directory (tests).
+    pub media: Option<Arc<dyn Media>>,
+    /// Is told of every change of the backing directory (tests).
+    pub witness: Option<Witness>,
+    /// Decides which system calls on the backing directory fail (tests).
+    pub faults: Option<Faults>,
 }
 
 /// Gets what processes have written through shared mappings of the given nodes from the kernel to the engine,
 /// before a cut.
 pub type Flusher = Box<dyn Fn(&[NodeId]) -> Result<()> + Send + Sync>;
+/// Told of a live node whose mode has changed unexpectedly.
+pub type Listener = Box<dyn Fn(NodeId) + Send + Sync>;
 
 /// A mounted tree: live operations, snapshots, and the store behind them.
 ///
@@ -63,18 +88,33 @@ pub struct Engine {
     /// Nodes by number, in shards; no other lock is taken under a shard's.
     pub nodes: Arc<Nodes>,
     epochs: Arc<Epochs>,
+    /// The cut whose snapshot is not in the table yet. Held by who gives snapshots up, by a cut from before its
+    /// record is written until its snapshot is visible, and whenever the guards are changed; no object is locked
+    /// under it.
+    under_cut: Mutex<Option<UnderCut>>,
     /// The snapshots that pre-images are kept for, ascending; the one being cut is among them.
     guards: RwLock<Arc<[Epoch]>>,
     snapshots: Snapshots,
-    handles: Handles,
+    handles: Arc<Handles>,
     backing: Backing,
     store: Store,
     durability: Durability,
     snapshot_dir: Vec<u8>,
+    user_snapshots: bool,
     flusher: RwLock<Option<Flusher>>,
+    listener: RwLock<Option<Listener>>,
+    /// What brings objects to a cut, where the kernel holds writes back.
+    barrier: RwLock<Option<Arc<dyn Barrier>>>,
     upkeep: Upkeep,
+    room: Room,
+    /// Where what the kernel holds is written down, if another daemon may take the mount over.
+    inventory: Option<Arc<Inventory>>,
+    /// Files without a name that are open, and have their last link in `orphans/`.
+    orphans: Mutex<Vec<ObjectRef>>,
     /// What the last cut cost.
     last_cut: Mutex<Option<CutReport>>,
+    /// Held while the store is looked over.
+    checking: Mutex<()>,
     /// A cut is under way: operations measure how long they waited to begin.
     cutting: AtomicBool,
 }
@@ -85,14 +125,56 @@ impl Engine {
     /// # Errors
     /// [`Error::Source`] and [`Error::Store`] name what cannot be used and the remedy (C12).
     pub fn open(source: &Path, options: EngineOptions) -> Result<Arc<Self>> {
-        let backing = Backing::open(source)?;
+        let backing = Backing::open(source, None, options.reach)?;
+        Self::build(source, backing, options, None)
+    }
+
+    /// As [`Self::open`], for a mount that may outlive this process. `directory` is the open backing directory
+    /// `source`, which the path may not lead to any more; `inventory` that of an earlier daemon of the same mount.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; what cannot be opened again is logged, and its users get errors.
+    pub fn open_for_mount(
+        source: &Path,
+        directory: OwnedFd,
+        options: EngineOptions,
+        inventory: Option<OwnedFd>,
+    ) -> Result<(Arc<Self>, Found)> {
+        let backing = Backing::open(source, Some(directory), options.reach)?;
+        let (inventory, found) = match inventory {
+            Some(file) => Inventory::take_over(file)?,
+            None => {
+                let new = Inventory::create(&backing.root_entry().handle)?;
+                (new, Found::default())
+            }
+        };
+        let engine = Self::build(source, backing, options, Some((inventory, &found)))?;
+        Ok((engine, found))
+    }
+
+    fn build(
+        source: &Path,
+        backing: Backing,
+        options: EngineOptions,
+        inherited: Option<(Inventory, &Found)>,
+    ) -> Result<Arc<Self>> {
+        let (inventory, found) = inherited.unzip();
+        let inventory = inventory.map(Arc::new);
+        let mut backing = backing;
+        backing.witness = options.witness;
+        backing.faults = options.faults;
         let store_path = match &options.store {
             Some(path) => path.clone(),
             None => backing.hidden_path().join("store"),
         };
-        // The index may want room that only the reserve has; upkeep sets it aside again.
-        backing.drop_reserve();
-        let store = Store::open(&store_path, options.tuning)?;
+        let tuning = StoreOptions {
+            boot: Some(options.tuning.boot.map_or_else(store::boot_id, Ok)?),
+            ..options.tuning
+        };
+        let store = match options.media {
+            Some(media) => Store::open_with(&store_path, tuning, media)?,
+            None => Store::open(&store_path, tuning)?,
+        };
         recover::pair(&backing, &store, options.store.as_deref())?;
         let root = backing.root_entry().ino;
         if root.0 >= object::INO_MAX {
@@ -101,36 +183,66 @@ impl Engine {
                 why: "has an inode number above 2⁶¹".into(),
             });
         }
+        session::begin(&store)?;
         let epochs = Arc::new(Epochs::new(store.epoch()));
         let engine = Arc::new(Self {
             cut: Mutex::new(()),
             last_cut: Mutex::new(None),
-            nodes: Nodes::new(root, epochs.clone()),
+            nodes: Nodes::new(root, epochs.clone(), inventory.clone()),
             epochs,
+            under_cut: Mutex::new(None),
             guards: RwLock::new(Arc::from([])),
             snapshots: Snapshots::load(&store),
-            handles: Handles::default(),
+            handles: Arc::new(Handles::new(inventory.clone(), root)),
+            inventory,
+            orphans: Mutex::default(),
             backing,
             store,
             durability: options.durability,
             snapshot_dir: options.snapshot_dir,
+            user_snapshots: options.user_snapshots,
             flusher: RwLock::new(None),
+            listener: RwLock::new(None),
+            barrier: RwLock::new(None),
             upkeep: Upkeep::default(),
+            room: Room::new(options.space),
+            checking: Mutex::default(),
             cutting: AtomicBool::new(false),
         });
-        engine.refresh_guards(None);
+        engine.refresh_guards(*engine.under_cut.lock());
         // The root stays known as long as there is a mount.
         engine.nodes.told(&engine.root());
         recover::retained(&engine)?;
+        engine.restore(found.unwrap_or(&Found::default()))?;
+        if let Err(error) = engine.store.make_ready() {
+            log::warn!("the store has no room: {error}");
+        }
+        engine.space()?;
         if let Some(interval) = options.upkeep {
             upkeep::start(&engine, interval)?;
         }
         Ok(engine)
     }
 
+    /// Where what the kernel holds is written down.
+    pub fn inventory(&self) -> Option<&Arc<Inventory>> {
+        self.inventory.as_ref()
+    }
+
     /// Installs what flushes shared mappings before a cut; `None` drops it.
     pub fn set_flusher(&self, flusher: Option<Flusher>) {
         *self.flusher.write() = flusher;
+    }
+
+    /// Installs what brings objects to a cut where the kernel holds writes back; `None` drops it.
+    pub fn set_barrier(&self, barrier: Option<Arc<dyn Barrier>>) {
+        *self.barrier.write() = barrier;
+    }
+
+    /// Installs what is told of a node whose mode has changed in an operation that is not expected to change it;
+    /// `None` drops it.
+    pub fn set_listener(&self, listener: Option<Listener>) {
+        *self.listener.write() = listener;
     }
 
     /// A descriptor of a live object for calls that need no more than `O_PATH`.
@@ -179,17 +291,22 @@ impl Engine {
         self.store.sync()
     }
 
-    /// Waits, under strict durability, until the pre-images up to `lsn` are on stable storage (I1).
-    fn settle(&self, lsn: Option<Lsn>) -> Result<()> {
-        match (self.durability, lsn) {
-            (Durability::Strict, Some(lsn)) => self.store.wait_durable(lsn),
-            _ => Ok(()),
+    /// Waits, under strict durability, until the record `lsn` is on stable storage (I1).
+    fn settle(&self, lsn: Lsn) -> Result<()> {
+        match self.durability {
+            Durability::Strict => self.store.wait_durable(lsn),
+            Durability::Ordered => Ok(()),
         }
     }
 
-    /// Stops the upkeep thread, carries the index to disk and marks the store as closed in order.
+    /// Stops the background threads, makes durable what the snapshots need, carries the index to disk and marks
+    /// the store as closed in order.
     pub fn close(&self) -> Result<()> {
         self.upkeep.stop();
-        self.store.close()
+        self.drop_orphans();
+        let settled = self
+            .settle_snapshots()
+            .and_then(|()| self.store.mark_clean());
+        self.store.close().and(settled)
     }
 }

@@ -9,11 +9,11 @@ use super::backing::{Found, HIDDEN};
 use super::creds::{ActingAs, Caller};
 use super::handle::{LiveFile, access};
 use super::keep::Op;
-use super::object::{Member, Node, Object, ObjectRef};
+use super::object::{Member, Node, NodeId, Nodes, Object, ObjectRef};
 use crate::error::{Error, Result};
-use crate::ids::Epoch;
+use crate::ids::{BLOCK, Epoch, Ino};
 use crate::store::EntryImage;
-use crate::sync::{Arc, Ordering};
+use crate::sync::Ordering;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -35,9 +35,15 @@ impl Engine {
     /// # Errors
     /// `ENOENT` if it means nothing.
     pub fn lookup(&self, parent: &Node, name: &[u8]) -> Result<Attr> {
+        self.lookup_in(&self.nodes, parent, name)
+    }
+
+    /// As [`Self::lookup`], for the mount that `nodes` counts what the kernel knows for. Live objects are known
+    /// by the engine's own table alone.
+    pub fn lookup_in(&self, nodes: &Nodes, parent: &Node, name: &[u8]) -> Result<Attr> {
         match parent {
             Node::Live(dir) => self.lookup_live(dir, name),
-            Node::At(member) => self.lookup_member(member, name),
+            Node::At(member) => self.lookup_member(nodes, member, name),
             Node::Folder(dir) => self.lookup_folder(dir, name),
         }
     }
@@ -53,21 +59,71 @@ impl Engine {
         Ok(self.tell(&object, found.attr))
     }
 
+    /// The live object that the kernel knew by `node` not long ago, for one who holds a handle of it
+    /// (open_by_handle_at(2)); the kernel is told of it.
+    ///
+    /// # Errors
+    /// `ESTALE` if it is gone, or was forgotten too long ago.
+    pub fn recall(&self, node: NodeId) -> Result<Attr> {
+        let object = match self.node(node) {
+            Ok(Node::Live(object)) => object,
+            Ok(Node::At(_) | Node::Folder(_)) => return Err(Error::Stale),
+            Err(_) => {
+                let entry = self.nodes.forgotten(node).ok_or(Error::Stale)?;
+                let object = self.nodes.object(&entry, None);
+                // Removed since: no longer one of the live tree.
+                self.nodes.forgotten(node).ok_or(Error::Stale)?;
+                object
+            }
+        };
+        check_there(&object).map_err(|_| Error::Stale)?;
+        let image = self.backing.stat(self.object_fd(&object)?.as_fd())?;
+        Ok(self.tell(&object, image))
+    }
+
+    /// The directory that holds the live directory `dir`, for the same; the kernel is told of it.
+    ///
+    /// # Errors
+    /// `ESTALE` for the root, and for one that was removed.
+    pub fn directory_above(&self, dir: &Node) -> Result<Attr> {
+        let dir = match dir {
+            Node::Live(dir) if dir.is_dir() && dir.ino() != self.backing.root_entry().ino => dir,
+            _ => return Err(Error::Stale),
+        };
+        check_there(dir).map_err(|_| Error::Stale)?;
+        let found = self.backing.find(self.object_fd(dir)?.as_fd(), b"..")?;
+        let found = found.ok_or(Error::Stale)?;
+        let object = self.nodes.object(&found.entry, None);
+        Ok(self.tell(&object, found.attr))
+    }
+
+    /// The object that `name` means in a live directory, without telling the kernel of it.
+    pub fn peek(&self, parent: &Node, name: &[u8]) -> Result<Option<Ino>> {
+        match parent {
+            Node::Live(dir) => Ok(self.find_live(dir, name)?.map(|found| found.entry.ino)),
+            Node::At(_) | Node::Folder(_) => Ok(None),
+        }
+    }
+
     /// The live entry, hiding the store.
     pub(super) fn find_live(&self, dir: &Object, name: &[u8]) -> Result<Option<Found>> {
         if self.is_hidden(dir.ino(), name) {
             return Ok(None);
         }
-        self.backing.find(self.object_fd(dir)?.as_fd(), name)
+        let found = self.backing.find(self.object_fd(dir)?.as_fd(), name)?;
+        if let Some(found) = &found {
+            self.backing.note_place(dir.ino(), name, found.entry.ino);
+        }
+        Ok(found)
     }
 
-    fn lookup_member(&self, dir: &Member, name: &[u8]) -> Result<Attr> {
-        let reading = self.reading(dir.snapshot)?;
-        let entry = self
-            .member_entry(reading.epoch, &dir.entry, name)?
-            .ok_or(Error::Os(Errno::NOENT))?;
-        let (_, member) = self.nodes.told_member(reading.epoch, &entry);
-        self.attr_of_member(&member)
+    fn lookup_member(&self, nodes: &Nodes, dir: &Member, name: &[u8]) -> Result<Attr> {
+        let found = self.in_snapshot(dir.snapshot, |k| self.member_entry(k, &dir.entry, name))?;
+        let entry = found.ok_or(Error::Os(Errno::NOENT))?;
+        let member = Member::new(dir.snapshot, entry, dir.numbers, dir.shown());
+        let attr = self.attr_of_member(&member)?;
+        nodes.told_member(member);
+        Ok(attr)
     }
 
     /// What `name` in the directory `dir` meant in snapshot `k`.
@@ -85,7 +141,10 @@ impl Engine {
         // I3
         match self.store.entry_at(dir.ino, name, k)? {
             Some((_, was)) => Ok(was),
-            None => Ok(live?.map(|found| found.entry)),
+            None => Ok(live?.map(|found| {
+                self.backing.note_place(dir.ino, name, found.entry.ino);
+                found.entry
+            })),
         }
     }
 
@@ -95,16 +154,17 @@ impl Engine {
     pub fn make(&self, parent: &Node, name: &[u8], make: Make<'_>, caller: Caller) -> Result<Attr> {
         let dir = self.writable_dir(parent, name)?;
         let fd = self.object_fd(&dir)?;
-        let mut op = self.begin_new(&dir, name)?;
-        {
+        let mut op = self.with_room(BLOCK as u64, || {
+            let op = self.begin_new(&dir, name)?;
             let _acting = ActingAs::new(caller);
             match make {
                 Make::Directory(mode) => self.backing.mkdir(fd.as_fd(), name, mode)?,
                 Make::Node(mode, rdev) => self.backing.mknod(fd.as_fd(), name, mode, rdev)?,
                 Make::Symlink(target) => self.backing.symlink(fd.as_fd(), name, target)?,
             }
-        }
-        let (object, found) = self.adopt(&mut op, &dir, fd.as_fd(), name)?;
+            Ok(op)
+        })?;
+        let (object, found) = self.adopt(&mut op, &dir, fd.as_fd(), name, caller)?;
         Ok(self.tell(&object, found.attr))
     }
 
@@ -120,19 +180,20 @@ impl Engine {
     ) -> Result<(Attr, LiveFile)> {
         let dir = self.writable_dir(parent, name)?;
         let fd = self.object_fd(&dir)?;
-        let mut op = self.begin_new(&dir, name)?;
-        let made = {
+        let made = self.with_room(BLOCK as u64, || {
+            let op = self.begin_new(&dir, name)?;
             let _acting = ActingAs::new(caller);
-            self.backing.create(fd.as_fd(), name, mode, access(flags))
-        };
+            let file = self.backing.create(fd.as_fd(), name, mode, access(flags))?;
+            Ok((op, file))
+        });
         match made {
-            Ok(file) => {
-                let (object, found) = self.adopt(&mut op, &dir, fd.as_fd(), name)?;
+            Ok((mut op, file)) => {
+                let (object, found) = self.adopt(&mut op, &dir, fd.as_fd(), name, caller)?;
+                object.without_capabilities.store(true, Ordering::SeqCst);
                 let attr = self.tell(&object, found.attr);
                 Ok((attr, LiveFile::new(object, file, flags)))
             }
             Err(Error::Os(Errno::EXIST)) if flags & libc::O_EXCL == 0 => {
-                drop(op);
                 let found = self.find_live(&dir, name)?.ok_or(Error::Os(Errno::NOENT))?;
                 let object = self.nodes.object(&found.entry, None);
                 let file = self.open_live(&object, flags)?;
@@ -159,12 +220,18 @@ impl Engine {
         dir: &Object,
         fd: BorrowedFd<'_>,
         name: &[u8],
+        caller: Caller,
     ) -> Result<(ObjectRef, Found)> {
-        let found = self
-            .backing
-            .find(fd, name)?
-            .ok_or(Error::Os(Errno::NOENT))?;
-        let birth = op.born(dir, found.entry.ino)?;
+        let find = || {
+            let found = self.backing.find(fd, name)?;
+            found.ok_or(Error::Os(Errno::NOENT))
+        };
+        let mut found = find()?;
+        if caller.wants_group(found.attr.gid) && self.backing.give_group(fd, name, caller.gid)? {
+            found = find()?;
+        }
+        self.backing.note_place(dir.ino(), name, found.entry.ino);
+        let birth = op.born(dir, found.entry.ino);
         let object = self.nodes.object(&found.entry, Some(birth));
         Ok((object, found))
     }
@@ -179,14 +246,18 @@ impl Engine {
         let dir = self.writable_dir(parent, name)?;
         let dir_fd = self.object_fd(&dir)?;
         let fd = self.object_fd(object)?;
-        let mut op = self.begin(&[&dir, object]);
-        check_there(&dir)?;
-        check_there(object)?;
-        op.keep_entry(&dir, name)?;
-        op.keep_attr(&dir)?;
-        op.keep_attr(object)?;
-        op.settle()?;
-        self.backing.link(fd.as_fd(), dir_fd.as_fd(), name)?; // I1
+        self.with_room(BLOCK as u64, || {
+            let mut op = self.begin(&[&dir, object]);
+            check_there(&dir)?;
+            check_there(object)?;
+            op.keep_entry(&dir, name)?;
+            op.keep_attr(&dir)?;
+            op.keep_attr(object)?;
+            op.settle()?;
+            self.backing.link(fd.as_fd(), dir_fd.as_fd(), name)?; // I1
+            self.backing.note_place(dir.ino(), name, object.ino());
+            Ok(())
+        })?;
         let image = self.backing.stat(fd.as_fd())?;
         Ok(self.tell(object, image))
     }
@@ -196,10 +267,15 @@ impl Engine {
     /// unlink(2), or rmdir(2) when `directory`.
     pub fn remove(&self, parent: &Node, name: &[u8], directory: bool) -> Result<()> {
         let dir = self.writable_dir(parent, name)?;
-        let dir_fd = self.object_fd(&dir)?;
+        self.with_room_to_remove(|| self.remove_from(&dir, name, directory))
+    }
+
+    fn remove_from(&self, dir: &ObjectRef, name: &[u8], directory: bool) -> Result<()> {
+        let dir_fd = self.object_fd(dir)?;
         loop {
+            let before = dir.changes();
             let found = self
-                .find_live(&dir, name)?
+                .find_live(dir, name)?
                 .ok_or_else(|| self.absent(name))?;
             let child = self.nodes.object(&found.entry, None);
             if child.is_dir() != directory {
@@ -210,27 +286,35 @@ impl Engine {
                 }
                 .into());
             }
-            let mut op = self.begin(&[&dir, &child]);
+            let mut op = self.begin(&[dir, &child]);
+            op.removes();
             // Under the locks the name must still mean what was locked.
-            if !self.means(&dir, name, &child)? {
+            if !op.unchanged(dir, before)? && !self.means(dir, name, &child)? {
                 continue;
             }
             self.check_empty(&child)?;
-            op.keep_entry(&dir, name)?;
-            op.keep_attr(&dir)?;
+            op.keep_entry(dir, name)?;
+            op.keep_attr(dir)?;
             op.keep_attr(&child)?;
-            let retain = self.last_name(&child, directory)? && op.retain(&child, None)?;
-            if retain {
+            let last = self.last_name(&child, directory)?;
+            if last && op.retain(&child, None)? {
                 let done = op
                     .settle()
                     .and_then(|()| self.backing.retain(dir_fd.as_fd(), name, child.ino()));
                 done.map_err(|error| self.unretain(&child, error))?;
-                child.retained.store(true, Ordering::SeqCst);
+                self.note_retained(&child);
             } else {
                 op.settle()?;
-                self.pin_if_last(&child, directory)?;
-                self.backing.remove(dir_fd.as_fd(), name, directory)?;
+                self.pin(&child, last)?;
+                if last && self.must_outlive(&child) {
+                    self.backing.orphan(dir_fd.as_fd(), name, child.ino())?;
+                    self.orphaned(&child);
+                } else {
+                    self.backing.remove(dir_fd.as_fd(), name, directory)?;
+                }
             }
+            self.backing
+                .forget_place(dir.ino(), name, child.ino(), !last);
             return Ok(());
         }
     }
@@ -269,12 +353,19 @@ impl Engine {
         Ok(directory || self.backing.stat(self.object_fd(object)?.as_fd())?.nlink <= 1)
     }
 
-    /// Keeps the inode of an object whose last name goes, so that its number is not reused while the kernel
-    /// or an open file still refers to it.
-    fn pin_if_last(&self, object: &Object, directory: bool) -> Result<()> {
-        if self.last_name(object, directory)? {
-            let pin = self.backing.open_object(&object.entry, OFlags::PATH)?;
-            *object.pin.lock() = Some(Arc::new(pin));
+    /// Keeps the inode of an object, so that its number is not reused while the kernel or an open file still refers to
+    /// it.
+    pub(super) fn pin_number(&self, object: &Object) -> Result<()> {
+        let fd = self.object_fd(object)?;
+        *object.pin.lock() = Some(fd);
+        Ok(())
+    }
+
+    /// Keeps the inode of an object of which a name goes, if that is the last, so that its number is not reused while
+    /// the kernel or an open file still refers to it.
+    fn pin(&self, object: &Object, last: bool) -> Result<()> {
+        if last {
+            self.pin_number(object)?;
         }
         self.backing.drop_path(object.ino());
         Ok(())
@@ -296,43 +387,50 @@ impl Engine {
             self.writable_dir(from.0, from.1)?,
             self.writable_dir(to.0, to.1)?,
         );
+        self.with_room_to_remove(|| self.rename_from((&from_dir, from.1), (&to_dir, to.1), flags))
+    }
+
+    fn rename_from(
+        &self,
+        (from_dir, from): (&ObjectRef, &[u8]),
+        (to_dir, to): (&ObjectRef, &[u8]),
+        flags: RenameFlags,
+    ) -> Result<()> {
         loop {
+            let before = [from_dir.changes(), to_dir.changes()];
             let moved = self
-                .find_live(&from_dir, from.1)?
-                .ok_or_else(|| self.absent(from.1))?;
+                .find_live(from_dir, from)?
+                .ok_or_else(|| self.absent(from))?;
             let moved = self.nodes.object(&moved.entry, None);
             let target = self
-                .find_live(&to_dir, to.1)?
+                .find_live(to_dir, to)?
                 .map(|found| self.nodes.object(&found.entry, None));
             let places = Places {
-                from_dir: &from_dir,
-                from: from.1,
-                to_dir: &to_dir,
-                to: to.1,
+                from_dir,
+                from,
+                to_dir,
+                to,
+                moved: &moved,
+                target: target.as_ref(),
+                before,
             };
-            if self.rename_objects(&places, &moved, target.as_ref(), flags)? {
+            if self.rename_objects(&places, flags)? {
                 return Ok(());
             }
         }
     }
 
     /// One try; false if a name meant something else once the locks were held.
-    fn rename_objects(
-        &self,
-        at: &Places<'_>,
-        moved: &ObjectRef,
-        target: Option<&ObjectRef>,
-        flags: RenameFlags,
-    ) -> Result<bool> {
+    fn rename_objects(&self, at: &Places<'_>, flags: RenameFlags) -> Result<bool> {
+        let (moved, target) = (at.moved, at.target);
         let mut objects: Vec<&Object> = vec![at.from_dir, at.to_dir, moved];
         objects.extend(target.map(|target| &**target));
         let mut op = self.begin(&objects);
+        op.removes();
         check_there(at.to_dir)?;
-        let target_holds = match target {
-            Some(target) => self.means(at.to_dir, at.to, target)?,
-            None => self.find_live(at.to_dir, at.to)?.is_none(),
-        };
-        if !target_holds || !self.means(at.from_dir, at.from, moved)? {
+        let unchanged =
+            op.unchanged(at.from_dir, at.before[0])? && op.unchanged(at.to_dir, at.before[1])?;
+        if !unchanged && !self.still_hold(at)? {
             return Ok(false);
         }
         if let Some(target) = target {
@@ -366,11 +464,34 @@ impl Engine {
         Ok(true)
     }
 
+    /// Whether both names still mean what was locked.
+    fn still_hold(&self, at: &Places<'_>) -> Result<bool> {
+        let target_holds = match at.target {
+            Some(target) => self.means(at.to_dir, at.to, target)?,
+            None => self.find_live(at.to_dir, at.to)?.is_none(),
+        };
+        Ok(target_holds && self.means(at.from_dir, at.from, at.moved)?)
+    }
+
     fn move_name(&self, at: &Places<'_>, flags: RenameFlags) -> Result<()> {
         let from = self.object_fd(at.from_dir)?;
         let to = self.object_fd(at.to_dir)?;
         self.backing
-            .rename((from.as_fd(), at.from), (to.as_fd(), at.to), flags)
+            .rename((from.as_fd(), at.from), (to.as_fd(), at.to), flags)?;
+        self.backing
+            .note_place(at.to_dir.ino(), at.to, at.moved.ino());
+        match at.target {
+            Some(target) if flags.contains(RenameFlags::EXCHANGE) => {
+                let (dir, name) = (at.from_dir.ino(), at.from);
+                self.backing.note_place(dir, name, target.ino());
+            }
+            Some(target) => {
+                self.backing
+                    .forget_place(at.to_dir.ino(), at.to, target.ino(), !target.is_dir())
+            }
+            None => {}
+        }
+        Ok(())
     }
 
     /// Renames over `target`. One that has to be retained gets a second link there first, so that the
@@ -379,10 +500,14 @@ impl Engine {
     fn replace(&self, op: &mut Op<'_>, at: &Places<'_>, target: &ObjectRef) -> Result<()> {
         let directory = target.is_dir();
         let origin = directory.then_some((at.from_dir, at.from));
-        let retain = self.last_name(target, directory)? && op.retain(target, origin)?;
+        let last = self.last_name(target, directory)?;
+        let retain = last && op.retain(target, origin)?;
         if !retain {
             op.settle()?;
-            self.pin_if_last(target, directory)?;
+            self.pin(target, last)?;
+            if last && self.must_outlive(target) {
+                return self.replace_open(at, target);
+            }
             return self.move_name(at, RenameFlags::empty());
         }
         let done = op.settle().and_then(|()| match directory {
@@ -390,7 +515,7 @@ impl Engine {
             false => self.replace_file(at, target),
         });
         done.map_err(|error| self.unretain(target, error))?;
-        target.retained.store(true, Ordering::SeqCst);
+        self.note_retained(target);
         Ok(())
     }
 
@@ -404,6 +529,18 @@ impl Engine {
         moved
     }
 
+    /// Renames over a file that is open and that no snapshot shows.
+    fn replace_open(&self, at: &Places<'_>, target: &ObjectRef) -> Result<()> {
+        let fd = self.object_fd(target)?;
+        self.backing.orphan_link(fd.as_fd(), target.ino())?;
+        let moved = self.move_name(at, RenameFlags::empty());
+        match moved {
+            Ok(()) => self.orphaned(target),
+            Err(_) => self.backing.release_orphan(target.ino())?,
+        }
+        moved
+    }
+
     fn replace_file(&self, at: &Places<'_>, target: &Object) -> Result<()> {
         let fd = self.object_fd(target)?;
         self.backing.retain_link(fd.as_fd(), target.ino())?;
@@ -412,6 +549,19 @@ impl Engine {
             self.backing.release_retained(target.ino(), false)?;
         }
         moved
+    }
+
+    /// Notes that the last name of `object` has been moved to the retained ones, and what space it takes there.
+    fn note_retained(&self, object: &Object) {
+        object.retained.store(true, Ordering::SeqCst);
+        self.nodes.never_recall(object.ino());
+        let stat = self
+            .object_fd(object)
+            .and_then(|fd| self.backing.stat(fd.as_fd()));
+        match stat {
+            Ok(image) => self.room.note_retained(image.blocks * 512, true),
+            Err(error) => log::warn!("the space of a retained object is not counted: {error}"),
+        }
     }
 
     /// Takes the record of a retained object back, which is none because of `error`: left behind, recovery
@@ -438,12 +588,16 @@ impl Engine {
     }
 }
 
-/// The two names of a rename.
+/// The two names of a rename, and what they mean.
 struct Places<'a> {
     from_dir: &'a Object,
     from: &'a [u8],
     to_dir: &'a Object,
     to: &'a [u8],
+    moved: &'a ObjectRef,
+    target: Option<&'a ObjectRef>,
+    /// How often names in the two directories had changed before these were looked up.
+    before: [u64; 2],
 }
 
 /// Refuses new names for, and in, an object whose last name is gone. Asked under its lock.

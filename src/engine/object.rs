@@ -5,9 +5,13 @@
 //! [`snapshot_node`], [`folder_node`]), so it is the same after every remount (C2), and never shared.
 
 use super::epoch::Epochs;
-use crate::ids::{Epoch, Ino};
+use super::inventory::{self, Aspect, Inventory, KnownNode};
+use super::recalled::Recalled;
+use crate::ids::{CHUNK_BLOCKS, Epoch, Ino, Lsn};
 use crate::store::EntryImage;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
+use crate::sync::{
+    Arc, AtomicBool, AtomicU32, AtomicU64, MappedMutexGuard, Mutex, MutexGuard, Ordering,
+};
 use rustix::fd::OwnedFd;
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -57,9 +61,14 @@ pub fn folder_node(dir: NodeId) -> NodeId {
     FOLDER_BIT | dir
 }
 
+/// The node of an invalid snapshot in the snapshot folder of directory `ino`.
+pub fn lost_node(k: Epoch, ino: Ino) -> NodeId {
+    snapshot_node(k, ino) | FOLDER_BIT | MIXED_BIT
+}
+
 /// A node that stands for what a listing names and nobody can reach: no request finds it.
 pub fn unreachable_node(ino: u64) -> NodeId {
-    SNAPSHOT_BIT | FOLDER_BIT | (ino & (FOLDER_BIT - 1))
+    SNAPSHOT_BIT | FOLDER_BIT | (ino & (MIXED_BIT - 1))
 }
 
 /// What of an object has been kept in the current epoch; guarded by the object's lock.
@@ -83,6 +92,43 @@ pub struct Kept {
     pub chunks: HashMap<u64, [u64; 4]>,
     /// The index holds nothing of this object that is labelled `base` or later but what is listed here.
     pub fresh: bool,
+    /// The snapshots before `base` in which the file is longer than in every later one, newest first, with
+    /// its size there; `None` until looked up.
+    pub longer: Option<Arc<[(Epoch, u64)]>>,
+    /// What of it has to be durable before the object may change, under strict durability.
+    pub owed: Owed,
+    /// Where the data that was kept last ends.
+    pub run: Run,
+    /// How often a name in this directory may have changed since it came into memory.
+    pub changes: u64,
+}
+
+/// A run of writes that each need the blocks kept that follow those of the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// The first block that is not kept.
+    pub next: u64,
+    /// Blocks that were kept ahead last.
+    pub ahead: u64,
+}
+
+impl Run {
+    /// No write yet.
+    pub const NONE: Self = Self {
+        next: u64::MAX,
+        ahead: 0,
+    };
+}
+
+/// What of the journal is still to be made durable for an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owed {
+    /// Nothing.
+    Nothing,
+    /// All up to this record, the last that was kept of the object.
+    UpTo(Lsn),
+    /// Perhaps something that was kept before the object was loaded into memory.
+    Unknown,
 }
 
 /// What is known of an aspect.
@@ -106,6 +152,14 @@ impl Kept {
             tail_looked_at: false,
             chunks: HashMap::new(),
             fresh: false,
+            longer: None,
+            // Of an object that was made just now nothing has been kept.
+            owed: match birth {
+                Some(_) => Owed::Nothing,
+                None => Owed::Unknown,
+            },
+            run: Run::NONE,
+            changes: 0,
         }
     }
 
@@ -123,6 +177,17 @@ impl Kept {
         };
         self.tail_looked_at = false;
         self.chunks = HashMap::new();
+        self.longer = None;
+        self.run = Run::NONE;
+    }
+
+    /// Whether the blocks `first..=last` are known to be kept.
+    pub fn has(&self, first: u64, last: u64) -> bool {
+        (first..=last).all(|block| {
+            let at = (block % CHUNK_BLOCKS) as usize;
+            let map = self.chunks.get(&(block / CHUNK_BLOCKS));
+            map.is_some_and(|map| map[at / 64] >> (at % 64) & 1 == 1)
+        })
     }
 
     /// Notes that something labelled `label` was kept.
@@ -136,8 +201,13 @@ impl Kept {
 pub struct Object {
     /// Its identity, kind and handle.
     pub entry: EntryImage,
-    /// The object's lock (I4, I6: taken in order of inode number) with what it guards.
-    kept: Mutex<Kept>,
+    /// The object's lock (I4, I6: taken in order of inode number) with what it guards. Most objects are only
+    /// looked at: they have none of it.
+    kept: Mutex<Option<Box<Kept>>>,
+    /// The epoch in which it came into memory.
+    since: Epoch,
+    /// When it was born, if that was while it was in memory.
+    birth: Option<Epoch>,
     /// The epoch that the object has reached ahead of the others, if any: an operation on it belongs to the
     /// later of this and the current epoch. Lets one inode cross into the new epoch before another.
     crossed: AtomicU64,
@@ -145,22 +215,34 @@ pub struct Object {
     lookups: AtomicU64,
     /// How many [`ObjectRef`]s there are.
     uses: AtomicU64,
-    /// Its last name was moved to `retained/`: that link is not a name of the live tree.
+    /// Where the inventory has it.
+    noted: Noted,
+    /// How many files are open on it.
+    pub opens: AtomicU32,
+    /// Its last name was moved to `retained/` or `orphans/`: that link is not a name of the live tree.
     pub retained: AtomicBool,
     /// Holds the inode of a removed object, so that its number is not reused while the kernel knows it.
     pub pin: Mutex<Option<Arc<OwnedFd>>>,
+    /// It is a new file to which no capabilities were given (capabilities(7)): the kernel asks for them at the first
+    /// write to each.
+    pub without_capabilities: AtomicBool,
 }
 
 impl Object {
     fn new(entry: EntryImage, now: Epoch, birth: Option<Epoch>) -> Self {
         Self {
             entry,
-            kept: Mutex::new(Kept::new(now, birth)),
+            kept: Mutex::new(None),
+            since: now,
+            birth,
             crossed: AtomicU64::new(0),
             lookups: AtomicU64::new(0),
             uses: AtomicU64::new(0),
+            noted: Noted::default(),
+            opens: AtomicU32::new(0),
             retained: AtomicBool::new(false),
             pin: Mutex::new(None),
+            without_capabilities: AtomicBool::new(false),
         }
     }
 
@@ -175,8 +257,15 @@ impl Object {
     }
 
     /// Takes the object's lock.
-    pub fn lock(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock()
+    pub fn lock(&self) -> ObjectGuard<'_> {
+        MutexGuard::map(self.kept.lock(), |kept| {
+            &mut **kept.get_or_insert_with(|| Box::new(Kept::new(self.since, self.birth)))
+        })
+    }
+
+    /// How often a name in this directory may have changed: what its names mean holds while this number does.
+    pub fn changes(&self) -> u64 {
+        self.lock().changes
     }
 
     /// The epoch of an operation on this object that entered epoch `entered`.
@@ -190,6 +279,20 @@ impl Object {
     }
 }
 
+/// Which numbers the objects of a snapshot have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Numbers {
+    /// Their own, apart from those of the live tree and of every other snapshot: reached through the live mount.
+    Apart,
+    /// Those of the live tree, whose root directory is this object: the snapshot is mounted by itself.
+    OfLive(Ino),
+    /// That of an invalid snapshot's directory in a snapshot folder, which is all that is left of it. It differs
+    /// from the one before, so that the kernel lets go of everything that it knew beneath that.
+    Lost,
+}
+/// A locked object.
+pub type ObjectGuard<'a> = MappedMutexGuard<'a, Kept>;
+
 /// An object of a snapshot.
 #[derive(Debug)]
 pub struct Member {
@@ -197,6 +300,50 @@ pub struct Member {
     pub snapshot: Epoch,
     /// Identity, kind and handle of the object.
     pub entry: EntryImage,
+    /// How it and what it contains are numbered.
+    pub numbers: Numbers,
+    /// What `..` of a listing shows: the number of the directory in which it was last found.
+    pub up: AtomicU64,
+    /// How often the kernel was told of it and has not forgotten it.
+    lookups: AtomicU64,
+    /// Where the inventory has it.
+    noted: Noted,
+}
+
+impl Member {
+    /// An object that the kernel has not been told of, found in the directory that shows the number `up`.
+    pub fn new(snapshot: Epoch, entry: EntryImage, numbers: Numbers, up: u64) -> Self {
+        Self {
+            snapshot,
+            entry,
+            numbers,
+            up: AtomicU64::new(up),
+            lookups: AtomicU64::new(0),
+            noted: Noted::default(),
+        }
+    }
+
+    /// The node of object `ino` of the same snapshot, numbered in the same way.
+    pub fn node_of(&self, ino: Ino) -> NodeId {
+        match self.numbers {
+            Numbers::Apart => snapshot_node(self.snapshot, ino),
+            Numbers::OfLive(root) => live_node(ino, root),
+            Numbers::Lost => lost_node(self.snapshot, ino),
+        }
+    }
+
+    /// Its node.
+    pub fn node(&self) -> NodeId {
+        self.node_of(self.entry.ino)
+    }
+
+    /// What `st_ino` and `d_ino` show: the node, but for the root of a mount, whose node FUSE prescribes.
+    pub fn shown(&self) -> u64 {
+        match self.node() {
+            ROOT_NODE => self.entry.ino.0,
+            node => node,
+        }
+    }
 }
 
 /// What a node names.
@@ -210,21 +357,52 @@ pub enum Node {
     Folder(ObjectRef),
 }
 
+/// What a node number stands for; small, as there is one for each inode that the kernel knows.
 enum Slot {
     Live(Arc<Object>),
-    At { member: Arc<Member>, lookups: u64 },
-    Folder { dir: ObjectRef, lookups: u64 },
+    At(Arc<Member>),
+    Folder(Box<Folder>),
 }
+
+struct Folder {
+    dir: ObjectRef,
+    lookups: u64,
+    noted: Noted,
+}
+
+/// Where the inventory has a node, if it has it. Written under the lock of the node's shard.
+#[derive(Debug, Default)]
+struct Noted(AtomicU32);
+
+impl Noted {
+    fn slot(&self) -> Option<inventory::Slot> {
+        inventory::Slot::from_number(self.0.load(Ordering::Relaxed))
+    }
+
+    fn set(&self, slot: Option<inventory::Slot>) {
+        let number = slot.map_or(0, inventory::Slot::number);
+        self.0.store(number, Ordering::Relaxed);
+    }
+}
+
+/// Live objects that the kernel has forgotten and can still name by their nodes ([`Nodes::forgotten`]).
+const RECALLED: usize = 16 * 1024;
 
 const SHARDS: usize = 64;
 type Shard = Mutex<HashMap<NodeId, Slot>>;
+/// A shard with room for more than this gives room back when most of it is empty.
+const SMALL_SHARD: usize = 1024;
 
-/// All nodes that the kernel or an operation knows.
+/// All nodes that the kernel, by one mount, or an operation knows.
 pub struct Nodes {
     shards: Vec<Shard>,
     root: Ino,
     epochs: Arc<Epochs>,
     known: AtomicU64,
+    /// Where what the kernel knows is written down for the next daemon.
+    inventory: Option<Arc<Inventory>>,
+    /// The live objects that the kernel forgot last: who holds a file handle (name_to_handle_at(2)) may ask for them.
+    recalled: Mutex<Recalled>,
 }
 
 /// A reference to a live object. The object stays in the table, with its lock, while one exists or the
@@ -261,13 +439,15 @@ impl Drop for ObjectRef {
 
 impl Nodes {
     /// An empty table for a tree whose root directory is `root`.
-    pub fn new(root: Ino, epochs: Arc<Epochs>) -> Arc<Self> {
+    pub fn new(root: Ino, epochs: Arc<Epochs>, inventory: Option<Arc<Inventory>>) -> Arc<Self> {
         let shards = (0..SHARDS).map(|_| Mutex::new(HashMap::new())).collect();
         Arc::new(Self {
             shards,
             root,
             epochs,
             known: AtomicU64::new(0),
+            inventory,
+            recalled: Mutex::new(Recalled::new(RECALLED)),
         })
     }
 
@@ -297,8 +477,8 @@ impl Nodes {
     pub fn get(self: &Arc<Self>, node: NodeId) -> Option<Node> {
         match self.shard(node).lock().get(&node)? {
             Slot::Live(object) => Some(Node::Live(self.wrap(object.clone()))),
-            Slot::At { member, .. } => Some(Node::At(member.clone())),
-            Slot::Folder { dir, .. } => Some(Node::Folder(dir.clone())),
+            Slot::At(member) => Some(Node::At(member.clone())),
+            Slot::Folder(folder) => Some(Node::Folder(folder.dir.clone())),
         }
     }
 
@@ -315,6 +495,8 @@ impl Nodes {
                 "inode {} changed behind the mount: another object has its number",
                 entry.ino
             );
+            // The next daemon is not to take the one for the other.
+            self.note(&object.noted, Aspect::Live, &object.entry, 0);
         }
         // The epoch is read under the shard's lock: an earlier value of the same object, gone from the table
         // by now, kept nothing labelled later.
@@ -328,30 +510,92 @@ impl Nodes {
 
     /// Notes that the kernel is told of a live object once more.
     pub fn told(&self, object: &ObjectRef) -> NodeId {
-        object.lookups.fetch_add(1, Ordering::SeqCst);
-        self.live_id(object.ino())
+        let node = self.live_id(object.ino());
+        // Under the shard's lock the inventory sees the counts in their order.
+        let _shard = self.inventory.as_ref().map(|_| self.shard(node).lock());
+        let lookups = object.lookups.fetch_add(1, Ordering::SeqCst) + 1;
+        self.note(&object.noted, Aspect::Live, &object.entry, lookups);
+        node
+    }
+
+    /// Writes down how often the kernel was told of a node. To be called under the lock of its shard.
+    fn note(&self, noted: &Noted, aspect: Aspect, entry: &EntryImage, lookups: u64) {
+        let Some(inventory) = &self.inventory else {
+            return;
+        };
+        match noted.slot() {
+            Some(slot) if lookups > 0 => inventory.set_lookups(slot, lookups),
+            Some(slot) => {
+                inventory.remove(slot);
+                noted.set(None);
+            }
+            None if lookups > 0 => noted.set(inventory.add_node(&KnownNode {
+                aspect,
+                entry: entry.clone(),
+                lookups,
+            })),
+            None => {}
+        }
+    }
+
+    /// Takes up what an earlier daemon of this mount had told the kernel.
+    pub fn restore(self: &Arc<Self>, slot: inventory::Slot, known: &KnownNode) {
+        match known.aspect {
+            Aspect::Live => {
+                let object = self.object(&known.entry, None);
+                object.lookups.store(known.lookups, Ordering::SeqCst);
+                object.noted.set(Some(slot));
+            }
+            Aspect::At(epoch) => {
+                let up = snapshot_node(epoch, self.root);
+                let member = Member::new(epoch, known.entry.clone(), Numbers::Apart, up);
+                member.lookups.store(known.lookups, Ordering::Relaxed);
+                member.noted.set(Some(slot));
+                self.put(member.node(), Slot::At(Arc::new(member)));
+            }
+            Aspect::Folder => {
+                let dir = self.object(&known.entry, None);
+                let node = folder_node(self.live_id(dir.ino()));
+                let noted = Noted::default();
+                noted.set(Some(slot));
+                let lookups = known.lookups;
+                self.put(
+                    node,
+                    Slot::Folder(Box::new(Folder {
+                        dir,
+                        lookups,
+                        noted,
+                    })),
+                );
+            }
+        }
+    }
+
+    fn put(&self, node: NodeId, slot: Slot) {
+        if self.shard(node).lock().insert(node, slot).is_none() {
+            self.known.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Notes that the kernel is told of an object of a snapshot.
-    pub fn told_member(&self, snapshot: Epoch, entry: &EntryImage) -> (NodeId, Arc<Member>) {
-        let node = snapshot_node(snapshot, entry.ino);
+    pub fn told_member(&self, member: Member) {
+        let node = member.node();
+        let up = member.up.load(Ordering::Relaxed);
         let mut shard = self.shard(node).lock();
         let slot = shard.entry(node).or_insert_with(|| {
             self.known.fetch_add(1, Ordering::Relaxed);
-            Slot::At {
-                member: Arc::new(Member {
-                    snapshot,
-                    entry: entry.clone(),
-                }),
-                lookups: 0,
-            }
+            Slot::At(Arc::new(member))
         });
         match slot {
-            Slot::At { member, lookups } => {
-                *lookups += 1;
-                (node, member.clone())
+            Slot::At(member) => {
+                let lookups = member.lookups.fetch_add(1, Ordering::Relaxed) + 1;
+                member.up.store(up, Ordering::Relaxed);
+                let aspect = Aspect::At(member.snapshot);
+                self.note(&member.noted, aspect, &member.entry, lookups);
             }
-            _ => unreachable!("the top bit of a node number tells its kind"),
+            _ => unreachable!(
+                "the top bit of a node number tells its kind, and a mounted snapshot has one kind alone"
+            ),
         }
     }
 
@@ -361,15 +605,28 @@ impl Nodes {
         let mut shard = self.shard(node).lock();
         let slot = shard.entry(node).or_insert_with(|| {
             self.known.fetch_add(1, Ordering::Relaxed);
-            Slot::Folder {
+            Slot::Folder(Box::new(Folder {
                 dir: dir.clone(),
                 lookups: 0,
-            }
+                noted: Noted::default(),
+            }))
         });
-        if let Slot::Folder { lookups, .. } = slot {
-            *lookups += 1;
+        if let Slot::Folder(folder) = slot {
+            folder.lookups += 1;
+            self.note(&folder.noted, Aspect::Folder, &dir.entry, folder.lookups);
         }
         node
+    }
+
+    /// The live object that the kernel knew by this number and has forgotten, if that was not long ago. It may be gone by
+    /// now, but it was reached by a name once.
+    pub fn forgotten(&self, node: NodeId) -> Option<EntryImage> {
+        self.recalled.lock().get(node).cloned()
+    }
+
+    /// Forgets for good a live object that has left the live tree.
+    pub fn never_recall(&self, ino: Ino) {
+        self.recalled.lock().remove(self.live_id(ino));
     }
 
     /// The kernel forgets `count` tellings of a node.
@@ -383,15 +640,30 @@ impl Nodes {
                     .lookups
                     .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less)
                     .unwrap_or(0);
-                before <= count && object.uses.load(Ordering::SeqCst) == 0
+                let left = before.saturating_sub(count);
+                self.note(&object.noted, Aspect::Live, &object.entry, left);
+                if left == 0 && !object.retained.load(Ordering::SeqCst) {
+                    self.recalled.lock().insert(node, object.entry.clone());
+                }
+                left == 0 && object.uses.load(Ordering::SeqCst) == 0
             }
-            Some(Slot::At { lookups, .. } | Slot::Folder { lookups, .. }) => {
-                *lookups = lookups.saturating_sub(count);
-                *lookups == 0
+            Some(Slot::At(member)) => {
+                // Counted under the shard's lock alone.
+                let left = member.lookups.load(Ordering::Relaxed).saturating_sub(count);
+                member.lookups.store(left, Ordering::Relaxed);
+                let aspect = Aspect::At(member.snapshot);
+                self.note(&member.noted, aspect, &member.entry, left);
+                left == 0
+            }
+            Some(Slot::Folder(folder)) => {
+                folder.lookups = folder.lookups.saturating_sub(count);
+                let (left, entry) = (folder.lookups, &folder.dir.entry);
+                self.note(&folder.noted, Aspect::Folder, entry, left);
+                left == 0
             }
             None => false,
         };
-        let slot = if gone { shard.remove(&node) } else { None };
+        let slot = if gone { take(&mut shard, node) } else { None };
         drop(shard);
         // Dropped outside the shard's lock: a folder holds a reference to an object of another shard.
         if slot.is_some() {
@@ -408,10 +680,19 @@ impl Nodes {
             && object.lookups.load(Ordering::SeqCst) == 0
             && object.uses.load(Ordering::SeqCst) == 0
         {
-            let slot = shard.remove(&node);
+            let slot = take(&mut shard, node);
             drop(shard);
             drop(slot);
             self.known.fetch_sub(1, Ordering::Relaxed);
         }
     }
+}
+
+/// Removes a node, and gives back the room of many that have gone before it.
+fn take(shard: &mut HashMap<NodeId, Slot>, node: NodeId) -> Option<Slot> {
+    let slot = shard.remove(&node);
+    if shard.capacity() > SMALL_SHARD && shard.len() < shard.capacity() / 8 {
+        shard.shrink_to(shard.len() * 2);
+    }
+    slot
 }

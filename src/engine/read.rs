@@ -8,16 +8,24 @@ use super::handle::{MemberFile, OpenFile};
 use super::object::{Member, Node};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK, CHUNK_BLOCKS, Epoch, Ino};
-use crate::store::{AttrImage, ExtentRef};
+use crate::store::{AttrImage, EntryImage, ExtentRef};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
+
+/// What a descriptor answers that reads nothing: all of the file is among the pre-images
+/// ([`Engine::open_file`]).
+const UNREADABLE: Errno = Errno::BADF;
 
 impl Engine {
     /// Reads until `buf` is full or the file ends; returns the bytes read.
     pub fn read(&self, file: &OpenFile, offset: u64, buf: &mut [u8]) -> Result<usize> {
         match file {
             OpenFile::Live(live) => self.backing.read(live.fd(), offset, buf),
-            OpenFile::At(at) => self.read_member(at, offset, buf),
+            OpenFile::At(at) => {
+                let read = self.read_member(at, offset, buf);
+                at.snapshot.sound()?; // I3
+                read
+            }
         }
     }
 
@@ -32,14 +40,27 @@ impl Engine {
             OpenFile::Live(live) => return self.backing.read_cached(live.fd(), offset, buf),
             OpenFile::At(at) => at,
         };
+        let read = self.read_member_cached(at, offset, buf);
+        at.snapshot.sound()?; // I3
+        read
+    }
+
+    fn read_member_cached(
+        &self,
+        at: &MemberFile,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<Option<usize>> {
         let (k, fd) = (at.snapshot.epoch, at.fd.as_fd());
         let size = self.member_stat(k, &at.member, Some(fd))?.size;
         let len = size.saturating_sub(offset).min(buf.len() as u64) as usize;
         if len == 0 {
             return Ok(Some(0));
         }
-        let Some(n) = self.backing.read_cached(fd, offset, &mut buf[..len])? else {
-            return Ok(None);
+        let n = match self.backing.read_cached(fd, offset, &mut buf[..len]) {
+            Ok(Some(n)) => n,
+            Ok(None) | Err(Error::Os(UNREADABLE)) => return Ok(None),
+            Err(error) => return Err(error),
         };
         buf[n..len].fill(0);
         // I3: looked up after the live bytes. Any pre-image: the long way.
@@ -77,12 +98,14 @@ impl Engine {
         buf: &mut [u8],
     ) -> Result<()> {
         let chunk = offset / CHUNK;
-        let extents = self.store.extents_at(ino, k, chunk)?;
         let end = offset + buf.len() as u64;
+        let block = |at: u64| (at / BLOCK as u64) as usize;
+        let blocks = block(offset % CHUNK)..block(end - chunk * CHUNK + BLOCK as u64 - 1);
+        let extents = self.store.extents_within(ino, k, chunk, blocks.clone())?;
         if !covers(&extents, offset, end) {
             let n = self.backing.read(fd, offset, buf)?;
             buf[n..].fill(0);
-            let extents = self.store.extents_at(ino, k, chunk)?; // I3
+            let extents = self.store.extents_within(ino, k, chunk, blocks)?; // I3
             return self.overlay(&extents, offset, buf);
         }
         self.overlay(&extents, offset, buf)
@@ -122,7 +145,11 @@ impl Engine {
                 .backing
                 .seek(live.fd(), offset, hole)?
                 .ok_or(Error::Os(Errno::NXIO)),
-            OpenFile::At(at) => self.seek_member(at, offset, hole),
+            OpenFile::At(at) => {
+                let found = self.seek_member(at, offset, hole);
+                at.snapshot.sound()?; // I3
+                found
+            }
         }
     }
 
@@ -153,11 +180,10 @@ impl Engine {
     /// Leaps over chunks without pre-images, as far as the live file has nothing to find there.
     fn skip_untouched(&self, file: &MemberFile, at: u64, size: u64, hole: bool) -> Result<u64> {
         let ino = file.member.entry.ino;
-        let live = self
-            .backing
-            .seek(file.fd.as_fd(), at, hole)?
-            .unwrap_or(size)
-            .min(size);
+        let live = match self.backing.seek(file.fd.as_fd(), at, hole) {
+            Err(Error::Os(UNREADABLE)) => size,
+            other => other?.unwrap_or(size).min(size),
+        };
         let mut at = at;
         while at + CHUNK <= live {
             match self
@@ -174,7 +200,10 @@ impl Engine {
     /// Data and holes of `from..to`, within one chunk, as of the snapshot.
     fn map_in_chunk(&self, file: &MemberFile, from: u64, to: u64) -> Result<Vec<(u64, u64, bool)>> {
         let fd = file.fd.as_fd();
-        let live = super::backing::data_map(&self.backing, fd, from, to)?;
+        let live = match super::backing::data_map(&self.backing, fd, from, to) {
+            Err(Error::Os(UNREADABLE)) => Vec::new(),
+            other => other?,
+        };
         let extents =
             self.store
                 .extents_at(file.member.entry.ino, file.snapshot.epoch, from / CHUNK)?;
@@ -206,13 +235,24 @@ impl Engine {
         let entry = match node {
             Node::Live(object) => &object.entry,
             Node::At(member) => {
-                let _reading = self.reading(member.snapshot)?;
-                return self
-                    .backing
-                    .read_link(self.backing.path_fd(&member.entry)?.as_fd());
+                return self.in_snapshot(member.snapshot, |_| self.read_target(&member.entry));
             }
             Node::Folder(_) => return Err(Errno::INVAL.into()),
         };
+        self.read_target(entry)
+    }
+
+    fn read_target(&self, entry: &EntryImage) -> Result<Vec<u8>> {
+        if !self.backing.keeps_atime() {
+            // Reading changes its access time, and no flag prevents that.
+            let object = self.nodes.object(entry, None);
+            return self.with_room(0, || {
+                let mut op = self.begin(&[&object]);
+                op.keep_attr(&object)?;
+                op.settle()?; // I1
+                self.backing.read_link(self.object_fd(&object)?.as_fd())
+            });
+        }
         self.backing.read_link(self.backing.path_fd(entry)?.as_fd())
     }
 

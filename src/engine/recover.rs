@@ -4,7 +4,7 @@
 use super::Engine;
 use super::backing::Backing;
 use crate::error::{Error, Result};
-use crate::store::{EntryImage, Retained, Store};
+use crate::store::{EntryImage, Retained, SnapshotInfo, SnapshotState, Store};
 use rustix::fd::AsFd;
 use rustix::fs::OFlags;
 use std::path::Path;
@@ -48,7 +48,12 @@ fn write_durably(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// Finishes or takes back the moves of retained objects that a crash interrupted.
 pub fn retained(engine: &Engine) -> Result<()> {
-    for record in engine.store.retained_all()? {
+    let records = engine.store.retained_all()?;
+    // The directory may be older than the store then, or younger.
+    if engine.store.went_down() {
+        drop_unrecorded(engine, &records)?;
+    }
+    for record in records {
         let found = engine.backing.find_retained(record.ino)?;
         match found {
             // A second link, made before the last name was to be replaced: that did not happen.
@@ -56,19 +61,40 @@ pub fn retained(engine: &Engine) -> Result<()> {
                 engine.backing.release_retained(record.ino, false)?;
                 engine.store.forget_retained(record.ino)?;
             }
-            Some(_) => {}
+            Some(found) => engine.room.note_retained(found.attr.blocks * 512, true),
             // Recorded, and not moved: either half-way, or the removal did not happen.
             None if finish_exchange(engine, &record)? => {}
             None => engine.store.forget_retained(record.ino)?,
         }
     }
     // Without a snapshot nothing among the retained is needed, whatever the records say.
-    if engine.snapshots.epochs().is_empty() && engine.store.snapshots().is_empty() {
+    if engine.store.snapshots().is_empty() {
         for ino in engine.backing.all_retained()? {
             if let Some(found) = engine.backing.find_retained(ino)? {
                 let directory = found.entry.kind == libc::DT_DIR;
                 engine.backing.release_retained(ino, directory)?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Removes from among the retained what has no record. Either its record is gone, and its removal did not reach the
+/// disk; or, after a loss of records, it was about to be moved there: what has another link is not needed, and what
+/// has none may be all that is left for a suspect snapshot.
+fn drop_unrecorded(engine: &Engine, records: &[Retained]) -> Result<()> {
+    let suspect = |info: &SnapshotInfo| info.state == SnapshotState::Suspect;
+    let suspects = engine.store.snapshots().iter().any(|info| suspect(info));
+    for ino in engine.backing.all_retained()? {
+        if records.iter().any(|record| record.ino == ino) {
+            continue;
+        }
+        let Some(found) = engine.backing.find_retained(ino)? else {
+            continue;
+        };
+        let directory = found.entry.kind == libc::DT_DIR;
+        if !suspects || (!directory && found.attr.nlink > 1) {
+            engine.backing.release_retained(ino, directory)?;
         }
     }
     Ok(())

@@ -2,13 +2,55 @@
 
 use super::Engine;
 use super::attr::Attr;
-use super::object::{Object, ObjectRef, folder_node};
+use super::object::{Member, Node, NodeId, Numbers, Object, ObjectRef, folder_node};
+use super::room::UnderCut;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
 use crate::store::{AttrImage, SnapshotInfo, SnapshotState, Timestamp};
 use crate::sync::{Arc, Ordering};
+use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::time::{Duration, Instant};
+
+/// Rounds that a cut may take to bring every object across; then it lets everybody go on for a while.
+pub const MOST_ROUNDS: u32 = 10;
+/// How long a cut that fails so is tried again, and the pause before each try.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// What brings objects to a cut one by one, where changes wait in the kernel that the engine has not seen yet.
+///
+/// `prepare`, then `bring` until all are across or it fails, then `release`, then `finish`. A round that does not
+/// bring all across takes its epoch with it: no snapshot gets its number, and what was kept under it serves older ones.
+pub trait Barrier: Send + Sync {
+    /// Gets from the kernel what can be had without making anybody wait.
+    ///
+    /// # Errors
+    /// What stands in the way; the cut fails.
+    fn prepare(&self) -> Result<()>;
+
+    /// Holds new changes from the first round on, and lets each object that the kernel may hold changes of cross into
+    /// `next` ([`Engine::cross_early`]) once all that belong to the snapshot have reached the engine.
+    ///
+    /// # Errors
+    /// What stands in the way; the cut fails.
+    fn bring(&self, next: Epoch) -> Result<Brought>;
+
+    /// Lets what was held go on. Called after the last round, whatever came of it; `bring` may be called again then.
+    fn release(&self);
+
+    /// Gives up what was only for this cut.
+    fn finish(&self);
+}
+
+/// How a round of a [`Barrier`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Brought {
+    /// Every object has crossed or cannot change before [`Barrier::release`]: the epoch may advance.
+    All,
+    /// A change of this round may come after one that is out of the snapshot: another round is needed.
+    Again,
+}
 
 /// What the last cut cost.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +65,24 @@ pub struct CutReport {
     pub quiesce: Duration,
     /// The longest that any operation waited to begin while the cut was under way.
     pub longest_wait: Duration,
+}
+
+/// A barrier that may hold changes; they go on in any case.
+struct Held<'a>(&'a dyn Barrier);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+/// A cut that was made and is not recorded yet.
+struct Step {
+    /// The epoch that has begun.
+    next: Epoch,
+    /// The one that has ended.
+    old: Epoch,
+    created: Timestamp,
 }
 
 /// The time of day.
@@ -45,6 +105,21 @@ fn check_name(name: &[u8]) -> Result<()> {
         Err(Error::SnapshotName(String::from_utf8_lossy(name).into()))
     } else {
         Ok(())
+    }
+}
+
+/// A directory of whoever runs cowfs, in which nobody else can make or remove anything.
+fn bare_directory(time: Timestamp) -> AttrImage {
+    AttrImage {
+        mode: libc::S_IFDIR | 0o755,
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+        nlink: 2,
+        blksize: 4096,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        ..AttrImage::default()
     }
 }
 
@@ -81,11 +156,31 @@ impl Engine {
         if let Some(flusher) = self.flusher.read().as_ref() {
             flusher(&self.shared_writable())?;
         }
+        let barrier = self.barrier.read().clone();
+        let prepared = barrier.as_ref().map_or(Ok(()), |barrier| barrier.prepare());
         let flush = flush_start.elapsed();
         self.upkeep.take_longest_wait();
         self.cutting.store(true, Ordering::SeqCst);
-        let done = self.advance(name, early, meanwhile);
+        let done = prepared.and_then(|()| match &barrier {
+            Some(barrier) => {
+                let step = self.bring_patiently(&**barrier)?;
+                self.record_cut(name, step)
+            }
+            None => {
+                let next = self.epochs.current().next();
+                self.guard_cut(Some(next));
+                for object in early {
+                    let _held = object.lock();
+                    object.cross(next);
+                }
+                meanwhile();
+                self.record_cut(name, self.step(next))
+            }
+        });
         self.cutting.store(false, Ordering::SeqCst);
+        if let Some(barrier) = &barrier {
+            barrier.finish();
+        }
         let (epoch, quiesce) = done?;
         *self.last_cut.lock() = Some(CutReport {
             name: name.to_vec(),
@@ -97,25 +192,77 @@ impl Engine {
         Ok(epoch)
     }
 
-    /// The cut itself: one atomic step of the epoch, with the guard of the new snapshot in place before it.
-    fn advance(
-        &self,
-        name: &[u8],
-        early: &[&Object],
-        meanwhile: impl FnOnce(),
-    ) -> Result<(Epoch, Duration)> {
-        let next = self.epochs.current().next();
-        self.refresh_guards(Some(next));
-        for object in early {
-            let _held = object.lock();
-            object.cross(next);
+    /// The cut once `barrier` has brought every object to it. Should it not succeed, it is tried again after a pause in
+    /// which everybody goes on.
+    fn bring_patiently(&self, barrier: &dyn Barrier) -> Result<Step> {
+        let start = Instant::now();
+        loop {
+            let held = Held(barrier);
+            let cut = self.bring_all(held.0).map(|next| self.step(next));
+            drop(held);
+            match cut {
+                Err(Error::Os(Errno::BUSY)) if start.elapsed() < PATIENCE => {
+                    std::thread::sleep(PAUSE);
+                }
+                other => return other,
+            }
         }
-        meanwhile();
+    }
+
+    /// Has `barrier` bring every object to the cut. Returns the epoch that begins with it, with its guard in place.
+    fn bring_all(&self, barrier: &dyn Barrier) -> Result<Epoch> {
+        for _ in 0..MOST_ROUNDS {
+            let next = self.epochs.current().next();
+            self.guard_cut(Some(next));
+            let brought = barrier.bring(next);
+            if matches!(brought, Ok(Brought::All)) {
+                return Ok(next);
+            }
+            // Objects may have crossed already and left pre-images of values that the next round's are not. They
+            // catch up when the epoch that they are in becomes that of all, and it is no snapshot's.
+            let old = self.epochs.advance();
+            self.epochs.wait_drained(old);
+            self.guard_cut(None);
+            brought?;
+        }
+        log::warn!(
+            "no exact cut in {MOST_ROUNDS} rounds: too many changes that cannot be made to wait"
+        );
+        Err(Errno::BUSY.into())
+    }
+
+    /// Lets an object cross into epoch `next` ahead of the others: to be called within [`Barrier::bring`].
+    ///
+    /// # Errors
+    /// `ESTALE` for a node that is not known; `EINVAL` for one that is not of the live tree.
+    pub fn cross_early(&self, node: NodeId, next: Epoch) -> Result<()> {
+        let Node::Live(object) = self.node(node)? else {
+            return Err(Errno::INVAL.into());
+        };
+        let _held = object.lock();
+        object.cross(next);
+        Ok(())
+    }
+
+    /// Notes that an operation waited for a cut.
+    pub fn note_wait(&self, wait: Duration) {
+        self.upkeep.note_wait(wait);
+    }
+
+    /// The cut itself: one atomic step of the epoch. The guard of the new snapshot is in place.
+    fn step(&self, next: Epoch) -> Step {
         let created = now();
         let old = self.epochs.advance();
+        Step { next, old, created }
+    }
+
+    /// Waits for the operations that are in the snapshot, and writes its record.
+    fn record_cut(&self, name: &[u8], step: Step) -> Result<(Epoch, Duration)> {
+        let Step { next, old, created } = step;
         let start = Instant::now();
         self.epochs.wait_drained(old);
         let quiesce = start.elapsed();
+        let settled = self.settle_cut();
         let info = SnapshotInfo {
             epoch: next,
             name: name.to_vec(),
@@ -123,17 +270,49 @@ impl Engine {
             held: false,
             state: SnapshotState::Ready,
         };
-        let recorded = self
-            .store
-            .record_snapshot(&info)
-            .and_then(|lsn| self.settle(Some(lsn)));
+        let mut under_cut = self.under_cut.lock();
+        let recorded = match under_cut.take() {
+            // A pre-image of it is missing: it has never been.
+            Some(cut) if cut.spoiled => Err(Error::Os(Errno::NOSPC)),
+            _ => settled
+                .and_then(|()| self.store.record_snapshot(&info))
+                .and_then(|lsn| self.settle(lsn))
+                .and_then(|()| self.note_cut(next)),
+        };
         if recorded.is_ok() {
             self.snapshots.insert(info);
             self.snapshots.touch();
         }
         // Without its record the snapshot does not exist; what was kept for it serves older ones as well.
         self.refresh_guards(None);
+        drop(under_cut);
         recorded.map(|()| (next, quiesce))
+    }
+
+    fn guard_cut(&self, cut: Option<Epoch>) {
+        let mut under_cut = self.under_cut.lock();
+        *under_cut = cut.map(|epoch| UnderCut {
+            epoch,
+            spoiled: false,
+        });
+        self.refresh_guards(*under_cut);
+    }
+
+    /// Holds a snapshot, or lets it go: one that is held is not deleted, neither by anybody nor for room.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotMissing`]; a failure of the journal.
+    pub fn hold_snapshot(&self, name: &[u8], held: bool) -> Result<()> {
+        let _cut = self.cut.lock();
+        let missing = || Error::SnapshotMissing(shown(name));
+        let snapshot = self.snapshots.named(name).ok_or_else(missing)?;
+        // So that none that has just been told to be held is given up for room.
+        let _under_cut = self.under_cut.lock();
+        let epoch = snapshot.info.epoch;
+        let lsn = self.store.update_snapshot(epoch, |info| info.held = held)?;
+        self.settle(lsn)?;
+        self.snapshots.update(epoch, |info| info.held = held);
+        Ok(())
     }
 
     /// Deletes a snapshot; its space is freed in the background.
@@ -158,6 +337,9 @@ impl Engine {
             let _cut = self.cut.lock();
             let missing = || Error::SnapshotMissing(shown(name));
             let snapshot = self.snapshots.named(name).ok_or_else(missing)?;
+            if snapshot.info.held {
+                return Err(Error::SnapshotHeld(shown(name)));
+            }
             // From here on nobody new reads it, and those who do are waited for before anything is freed.
             snapshot.seal()?;
             self.snapshots.dies(&snapshot);
@@ -167,7 +349,7 @@ impl Engine {
         let mut deleted = self.store.delete_snapshot(snapshot.info.epoch);
         // Deleting is how space is made, so it must not fail for want of space.
         if matches!(&deleted, Err(error) if error.errno() == Errno::NOSPC)
-            && self.backing.drop_reserve()
+            && self.store.drop_reserve()
         {
             deleted = self.store.delete_snapshot(snapshot.info.epoch);
         }
@@ -184,7 +366,7 @@ impl Engine {
         }
         self.snapshots.remove(snapshot.info.epoch);
         self.snapshots.touch();
-        self.refresh_guards(None);
+        self.guard_cut(None);
         self.upkeep.kick();
         deleted.map(drop)
     }
@@ -203,13 +385,12 @@ impl Engine {
         if self.snapshots.named(to).is_some() {
             return Err(Error::SnapshotExists(shown(to)));
         }
-        let info = SnapshotInfo {
-            name: to.to_vec(),
-            ..snapshot.info.clone()
-        };
-        let lsn = self.store.record_snapshot(&info)?;
-        self.settle(Some(lsn))?;
-        self.snapshots.insert(info);
+        let epoch = snapshot.info.epoch;
+        let lsn = self
+            .store
+            .update_snapshot(epoch, |info| info.name = to.to_vec())?;
+        self.settle(lsn)?;
+        self.snapshots.update(epoch, |info| info.name = to.to_vec());
         self.snapshots.touch();
         Ok(())
     }
@@ -243,30 +424,51 @@ impl Engine {
         if snapshot.info.epoch <= birth {
             return Err(missing());
         }
-        let (_, member) = self.nodes.told_member(snapshot.info.epoch, &dir.entry);
-        self.attr_of_member(&member)
+        let up = folder_node(self.nodes.live_id(dir.ino()));
+        let epoch = snapshot.info.epoch;
+        let numbers = match snapshot.is_invalid() {
+            false => Numbers::Apart,
+            true => Numbers::Lost,
+        };
+        let member = Member::new(epoch, dir.entry.clone(), numbers, up);
+        let attr = self.attr_of_member(&member)?;
+        self.nodes.told_member(member);
+        Ok(attr)
+    }
+
+    /// What stands for an invalid snapshot, so that it can be listed, asked about and deleted: a directory that
+    /// cannot be read. `None` if `member` is anything else.
+    pub(super) fn attr_of_lost(&self, member: &Member) -> Option<Attr> {
+        let snapshot = self.snapshots.get(member.snapshot)?;
+        let root = match member.numbers {
+            Numbers::Lost => true,
+            Numbers::OfLive(root) => root == member.entry.ino,
+            Numbers::Apart => false,
+        };
+        (root && snapshot.is_invalid()).then(|| Attr {
+            node: member.node(),
+            shown: member.shown(),
+            image: bare_directory(snapshot.info.created),
+        })
     }
 
     /// The attributes of a snapshot folder: a directory of whoever runs cowfs, in which nobody else can make
-    /// or remove anything.
+    /// or remove anything; with `user-snapshots`, owner and mode of the root directory, whose writers may make
+    /// snapshots then.
     pub(super) fn folder_attr(&self, dir: &ObjectRef) -> Result<Attr> {
         let changed = self.snapshots.changed();
         let node = folder_node(self.nodes.live_id(dir.ino()));
-        let image = AttrImage {
-            mode: libc::S_IFDIR | 0o755,
-            uid: rustix::process::geteuid().as_raw(),
-            gid: rustix::process::getegid().as_raw(),
-            nlink: 2,
-            size: 0,
-            blocks: 0,
-            blksize: 4096,
-            rdev: 0,
-            atime: changed,
-            mtime: changed,
-            ctime: changed,
-            btime: None,
-            xattrs: Vec::new(),
-        };
+        let mut image = bare_directory(changed);
+        if self.user_snapshots {
+            let root = self.root();
+            let fd = self.object_fd(&root)?;
+            let live = self.backing.full_attr(fd.as_fd())?;
+            // With an ACL the mode says too much.
+            let plain = |(name, _): &(Vec<u8>, Vec<u8>)| name != b"system.posix_acl_access";
+            if live.xattrs.iter().all(plain) {
+                (image.mode, image.uid, image.gid) = (live.mode, live.uid, live.gid);
+            }
+        }
         Ok(Attr {
             node,
             shown: node,

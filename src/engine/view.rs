@@ -2,12 +2,15 @@
 //!
 //! A request on a snapshot holds a [`Reading`]: what it reads is not reclaimed before it is done. An open file
 //! or directory holds an [`OpenSnapshot`]: the snapshot cannot be deleted at all (`EBUSY`).
+//!
+//! A snapshot of which a pre-image is missing is invalid. It is listed, and every read of it fails: each asks
+//! before it looks at anything, and again when it has its answer (`Engine::in_snapshot`).
 
 use super::Engine;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
 use crate::store::{SnapshotInfo, SnapshotState, Store, Timestamp};
-use crate::sync::{Arc, AtomicI64, Mutex, Ordering, RwLock};
+use crate::sync::{Arc, AtomicBool, AtomicI64, Mutex, Ordering, RwLock};
 use std::collections::{BTreeMap, HashMap};
 
 /// A snapshot that exists, with its users.
@@ -23,6 +26,18 @@ struct Users {
     readers: AtomicI64,
     /// Open files and directories; [`DELETED`] once the snapshot is deleted.
     opens: AtomicI64,
+    /// Something that the snapshot shows was not kept. Set before the change that this would have preceded.
+    invalid: AtomicBool,
+}
+
+impl Users {
+    fn sound(&self) -> Result<()> {
+        if self.invalid.load(Ordering::SeqCst) {
+            Err(Error::Invalid)
+        } else {
+            Ok(())
+        }
+    }
 }
 
 const DELETED: i64 = i64::MIN;
@@ -62,6 +77,14 @@ impl Drop for Reading {
     }
 }
 
+impl OpenSnapshot {
+    /// # Errors
+    /// [`Error::Invalid`] if what was read of the snapshot until now must not be used.
+    pub(super) fn sound(&self) -> Result<()> {
+        self.users.sound()
+    }
+}
+
 impl Drop for OpenSnapshot {
     fn drop(&mut self) {
         self.users.opens.fetch_sub(1, Ordering::SeqCst);
@@ -77,7 +100,7 @@ impl Snapshots {
         };
         for info in store.snapshots().iter() {
             if info.state != SnapshotState::Deleting {
-                snapshots.insert(info.clone());
+                snapshots.insert(SnapshotInfo::clone(info));
             }
         }
         snapshots
@@ -92,8 +115,11 @@ impl Snapshots {
                 table.by_name.remove(&name);
                 users
             }
-            None => Arc::default(),
+            None => Arc::<Users>::default(),
         };
+        if info.state == SnapshotState::Invalid {
+            users.invalid.store(true, Ordering::SeqCst);
+        }
         table.by_name.insert(info.name.clone(), info.epoch);
         table
             .by_epoch
@@ -120,8 +146,51 @@ impl Snapshots {
         table.by_name.entry(name).or_insert(epoch);
     }
 
-    pub(super) fn epochs(&self) -> Vec<Epoch> {
-        self.table.read().by_epoch.keys().copied().collect()
+    /// Those that pre-images are kept for, oldest first; ones that are about to be deleted are among them.
+    pub(super) fn kept_ones(&self) -> Vec<Arc<Snapshot>> {
+        let table = self.table.read();
+        let kept = table.by_epoch.values().filter(|s| !s.is_invalid());
+        kept.cloned().collect()
+    }
+
+    /// Changes the record of a snapshot; nothing if there is none of that number.
+    pub(super) fn update(&self, epoch: Epoch, change: impl FnOnce(&mut SnapshotInfo)) {
+        let mut table = self.table.write();
+        let Some(old) = table.by_epoch.get(&epoch).cloned() else {
+            return;
+        };
+        let mut info = old.info.clone();
+        change(&mut info);
+        if table.by_name.get(&old.info.name) == Some(&epoch) {
+            table.by_name.remove(&old.info.name);
+            table.by_name.insert(info.name.clone(), epoch);
+        }
+        let users = old.users.clone();
+        table
+            .by_epoch
+            .insert(epoch, Arc::new(Snapshot { info, users }));
+    }
+
+    /// Makes a snapshot invalid: from here on nothing that was read of it is handed out.
+    pub(super) fn spoil(&self, snapshot: &Snapshot) {
+        snapshot.users.invalid.store(true, Ordering::SeqCst);
+        self.update(snapshot.info.epoch, |info| {
+            info.state = SnapshotState::Invalid
+        });
+        self.dying.lock().push(snapshot.users.clone());
+    }
+
+    /// The numbers of those that pre-images are kept for, oldest first.
+    pub(super) fn kept(&self) -> Vec<Epoch> {
+        let keeps = |(epoch, snapshot): (&Epoch, &Arc<Snapshot>)| {
+            (!snapshot.is_invalid()).then_some(*epoch)
+        };
+        self.table
+            .read()
+            .by_epoch
+            .iter()
+            .filter_map(keeps)
+            .collect()
     }
 
     /// The snapshot called `name`.
@@ -189,13 +258,19 @@ impl Snapshot {
         }
     }
 
+    /// Whether no read of it succeeds any more.
+    #[must_use]
+    pub fn is_invalid(&self) -> bool {
+        self.users.sound().is_err()
+    }
+
     /// Whether it is being deleted.
-    fn is_sealed(&self) -> bool {
+    pub(super) fn is_sealed(&self) -> bool {
         self.users.opens.load(Ordering::SeqCst) < 0
     }
 
     /// Takes [`Self::seal`] back.
-    fn unseal(&self) {
+    pub(super) fn unseal(&self) {
         self.users.opens.store(0, Ordering::SeqCst);
     }
 }
@@ -204,6 +279,23 @@ impl Engine {
     /// The snapshots that exist.
     pub fn snapshots(&self) -> &Snapshots {
         &self.snapshots
+    }
+
+    /// Reads something of snapshot `epoch`: `read` gets its number.
+    ///
+    /// # Errors
+    /// `ESTALE` once it is deleted; [`Error::Invalid`] if it is invalid when `read` is done: what `read` then
+    /// came back with may belong to no instant.
+    pub(super) fn in_snapshot<T>(
+        &self,
+        epoch: Epoch,
+        read: impl FnOnce(Epoch) -> Result<T>,
+    ) -> Result<T> {
+        let reading = self.reading(epoch)?;
+        reading.users.sound()?;
+        let read = read(reading.epoch);
+        reading.users.sound()?; // I3: asked after everything else
+        read
     }
 
     /// Begins a request on snapshot `epoch`; `ESTALE` once it is deleted.
@@ -225,6 +317,7 @@ impl Engine {
     /// Begins the use of an open file or directory of snapshot `epoch`.
     pub(super) fn open_snapshot(&self, epoch: Epoch) -> Result<OpenSnapshot> {
         let users = self.snapshots.get(epoch).ok_or(Error::Stale)?.users.clone();
+        users.sound()?;
         let more = |opens: i64| (opens >= 0).then_some(opens + 1);
         match users
             .opens

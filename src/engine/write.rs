@@ -1,8 +1,9 @@
 //! The write path: write, truncate, fallocate, copy. Each keeps what it is about to change, settles, applies.
 
 use super::Engine;
-use super::creds::KillPriv;
+use super::creds::{KillPriv, Unprivileged};
 use super::handle::{LiveFile, OpenFile};
+use super::keep::{Op, Range};
 use super::object::Object;
 use crate::error::{Error, Result};
 use rustix::fd::{AsFd, BorrowedFd};
@@ -15,21 +16,62 @@ const COPY_LIMIT: u64 = 4 << 20;
 impl Engine {
     /// Writes `data` at `offset`: one operation of C1, wholly in a snapshot or wholly out.
     ///
-    /// `kill_priv`: the caller lacks `CAP_FSETID`, so setuid, setgid and capabilities are cleared.
+    /// `caller`: one who lacks `CAP_FSETID`, whose write clears setuid, setgid and capabilities.
     pub fn write(
         &self,
         file: &LiveFile,
         offset: u64,
         data: &[u8],
-        kill_priv: bool,
+        caller: Option<Unprivileged>,
     ) -> Result<usize> {
-        let end = offset
-            .checked_add(data.len() as u64)
-            .ok_or(Error::Os(Errno::FBIG))?;
-        let fd = file.fd();
-        self.change_data(&file.object, fd, offset, end, || {
-            let _killing = KillPriv::when(kill_priv);
-            self.backing.write(fd, offset, data)
+        self.with_room(data.len() as u64, || {
+            let (op, range) = self.begin_write(file, offset, data)?;
+            self.finish_data(op, &file.object, file.fd(), &range, || {
+                self.put(file, offset, data, caller)
+            })
+        })
+    }
+
+    /// As [`Self::write`], but `None` where that would have to wait for the journal (strict durability): what is
+    /// needed is kept, nothing is changed, and [`Self::write`] will go on from there.
+    pub fn try_write(
+        &self,
+        file: &LiveFile,
+        offset: u64,
+        data: &[u8],
+        caller: Option<Unprivileged>,
+    ) -> Result<Option<usize>> {
+        self.with_room(data.len() as u64, || {
+            let (mut op, range) = self.begin_write(file, offset, data)?;
+            op.keep_data(&file.object, file.fd(), &range)?;
+            if op.must_wait() {
+                return Ok(None);
+            }
+            op.settle()?;
+            self.put(file, offset, data, caller).map(Some) // I1
+        })
+    }
+
+    fn begin_write<'a>(
+        &'a self,
+        file: &'a LiveFile,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(Op<'a>, Range)> {
+        let end = offset.checked_add(data.len() as u64);
+        let range = Range::new(offset, end.ok_or(Error::Os(Errno::FBIG))?);
+        Ok((self.begin(&[&file.object]), range))
+    }
+
+    fn put(
+        &self,
+        file: &LiveFile,
+        offset: u64,
+        data: &[u8],
+        caller: Option<Unprivileged>,
+    ) -> Result<usize> {
+        self.for_caller(&file.object, file.fd(), caller, || {
+            self.backing.write(file.fd(), offset, data)
         })
     }
 
@@ -47,11 +89,10 @@ impl Engine {
         object: &Object,
         fd: BorrowedFd<'_>,
         size: u64,
-        kill_priv: bool,
+        caller: Option<Unprivileged>,
     ) -> Result<()> {
-        self.change_data(object, fd, size, u64::MAX, || {
-            let _killing = KillPriv::when(kill_priv);
-            self.backing.truncate(fd, size)
+        self.change_data(object, fd, &Range::from_size(size), 0, || {
+            self.for_caller(object, fd, caller, || self.backing.truncate(fd, size))
         })
     }
 
@@ -62,20 +103,25 @@ impl Engine {
         mode: i32,
         offset: u64,
         len: u64,
-        kill_priv: bool,
+        caller: Option<Unprivileged>,
     ) -> Result<()> {
         let end = offset.checked_add(len).ok_or(Error::Os(Errno::FBIG))?;
         let shifts = mode & (libc::FALLOC_FL_COLLAPSE_RANGE | libc::FALLOC_FL_INSERT_RANGE) != 0;
         let clears = mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0;
-        // Mere allocation changes no byte and no hole, only attributes: an empty range keeps just those.
-        let (start, end) = match (shifts, clears) {
-            (true, _) => (offset, u64::MAX),
-            (false, true) => (offset, end),
-            (false, false) => (0, 0),
+        let punches = mode & libc::FALLOC_FL_PUNCH_HOLE != 0;
+        let range = match (shifts, clears) {
+            (true, _) => Range::new(offset, u64::MAX),
+            (false, true) if punches => Range::punched(offset, end),
+            (false, true) => Range::new(offset, end),
+            // Mere allocation changes no byte. But it may move the end of the file, and the blocks in which the
+            // file ends before and after may be filled with zeros then.
+            (false, false) => Range::new(end.saturating_sub(1), end),
         };
-        self.change_data(&file.object, file.fd(), start, end, || {
-            let _killing = KillPriv::when(kill_priv);
-            self.backing.fallocate(file.fd(), mode, offset, len)
+        let wanted = if punches { 0 } else { len };
+        self.change_data(&file.object, file.fd(), &range, wanted, || {
+            self.for_caller(&file.object, file.fd(), caller, || {
+                self.backing.fallocate(file.fd(), mode, offset, len)
+            })
         })
     }
 
@@ -88,33 +134,72 @@ impl Engine {
         to: &LiveFile,
         to_offset: u64,
         len: u64,
-        kill_priv: bool,
+        caller: Option<Unprivileged>,
     ) -> Result<usize> {
         let mut buf = vec![0; len.min(COPY_LIMIT) as usize];
         let n = self.read(from, from_offset, &mut buf)?;
         if n == 0 {
             Ok(0)
         } else {
-            self.write(to, to_offset, &buf[..n], kill_priv)
+            self.write(to, to_offset, &buf[..n], caller)
         }
     }
 
-    /// The one way to change bytes of a file: lock, enter the epoch, keep `start..end`, settle, `apply`.
+    /// Applies a change of a file's content on behalf of `caller`: of one who lacks `CAP_FSETID`, or of any other
+    /// (`None`). Tells the listener when setuid or setgid may have gone with it: the kernel expects a write to
+    /// change times and size only.
+    pub(super) fn for_caller<T>(
+        &self,
+        object: &Object,
+        fd: BorrowedFd<'_>,
+        caller: Option<Unprivileged>,
+        apply: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let Some(caller) = caller else {
+            return apply();
+        };
+        let before = self.backing.stat(fd)?;
+        let done = {
+            let _killing = KillPriv::of(caller, before.mode, before.gid);
+            apply()?
+        };
+        if before.mode & (libc::S_ISUID | libc::S_ISGID) != 0
+            && let Some(listener) = &*self.listener.read()
+        {
+            listener(self.nodes.live_id(object.ino()));
+        }
+        Ok(done)
+    }
+
+    /// The one way to change bytes of a file: lock, enter the epoch, keep `range`, settle, `apply`.
+    /// `wanted`: the space that it may take.
     fn change_data<T>(
         &self,
         object: &Object,
         fd: BorrowedFd<'_>,
-        start: u64,
-        end: u64,
+        range: &Range,
+        wanted: u64,
+        mut apply: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
+        self.with_room(wanted, || {
+            self.finish_data(self.begin(&[object]), object, fd, range, &mut apply)
+        })
+    }
+
+    fn finish_data<T>(
+        &self,
+        mut op: Op<'_>,
+        object: &Object,
+        fd: BorrowedFd<'_>,
+        range: &Range,
         apply: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        let mut op = self.begin(&[object]);
         if cfg!(feature = "plant-apply-before-journal") {
             let done = apply()?;
-            op.keep_data(object, fd, start, end)?;
+            op.keep_data(object, fd, range)?;
             return Ok(done);
         }
-        op.keep_data(object, fd, start, end)?;
+        op.keep_data(object, fd, range)?;
         op.settle()?;
         apply() // I1
     }

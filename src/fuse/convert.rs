@@ -2,7 +2,7 @@
 
 use crate::engine::attr::{Attr, SetTime};
 use crate::engine::backing::kind_of_mode;
-use crate::engine::creds::Caller;
+use crate::engine::creds::{Caller, Unprivileged};
 use crate::error::Error;
 use crate::store::Timestamp;
 use fuser::{Errno, FileAttr, FileType, INodeNo, Request, TimeOrNow};
@@ -116,18 +116,13 @@ pub(super) fn caller(req: &Request, umask: u32) -> Caller {
     }
 }
 
-/// Whether the caller belongs to `group`. fuser 0.18 does not ask for the flag that says so
-/// (`FUSE_SETXATTR_EXT`), so the caller's supplementary groups are looked up; a caller that cannot be seen
-/// counts as no member.
-pub(super) fn is_member(req: &Request, group: u32) -> bool {
-    let listed = || {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", req.pid())).ok()?;
-        let groups = status
-            .lines()
-            .find_map(|line| line.strip_prefix("Groups:"))?;
-        Some(groups.split_whitespace().any(|id| id.parse() == Ok(group)))
-    };
-    req.gid() == group || listed().unwrap_or(false)
+/// The caller, if it lacks `CAP_FSETID` as far as its user tells: fuser 0.18 drops the kernel's own flag for SETATTR,
+/// FALLOCATE and COPY_FILE_RANGE, and that for its groups (`FUSE_SETXATTR_EXT`).
+pub(super) fn unprivileged(req: &Request) -> Option<Unprivileged> {
+    (req.uid() != 0).then(|| Unprivileged {
+        pid: req.pid(),
+        gid: req.gid(),
+    })
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Getting what processes wrote through shared mappings from the kernel, before a cut.
+//! Getting what the kernel holds back, of shared mappings and in its writeback cache, before a cut.
 //!
 //! Dirty pages of the mount reach cowfs as WRITE requests when the kernel writes them back. The process that
 //! asks for that waits for these requests in an uninterruptible sleep, so it must not be the daemon: killed
@@ -9,11 +9,14 @@ use crate::engine::object::NodeId;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU32, Mutex, Ordering};
 use crate::sys;
-use rustix::fd::AsFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,9 +24,43 @@ use std::time::{Duration, Instant};
 /// The hidden command that runs the helper.
 pub const HELPER_COMMAND: &str = "flush-helper";
 /// The type of the kernel's handles for FUSE inodes (`FILEID_INO64_GEN` of include/linux/exportfs.h).
-const FILEID_INO64_GEN: i32 = 0x81;
+pub(super) const FILEID_INO64_GEN: i32 = 0x81;
+/// A name in the root that means the node with this hexadecimal number, to the helper alone.
+const NODE_NAME: &str = ".cowfs-node-";
 /// `FUSE_SUPER_MAGIC` of statfs(2).
 const FUSE_MAGIC: u64 = 0x6573_5546;
+
+/// The node that the helper means by a name in the root of the mount.
+pub(super) fn node_of_name(name: &OsStr) -> Option<NodeId> {
+    let number = name.to_str()?.strip_prefix(NODE_NAME)?;
+    NodeId::from_str_radix(number, 16).ok()
+}
+
+/// What the helper is asked to do with a list of nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub(super) enum Order {
+    /// Write back what is dirty and wait for it.
+    WriteBack = 0,
+    /// The same, and keep the descriptors.
+    Take = 1,
+    /// fsync(2) each, dirty or not, by the descriptors that were taken.
+    Seal = 2,
+    /// Write back what is dirty without the inode's lock, which whoever asks may hold.
+    Clean = 3,
+    /// Close the descriptors that were taken.
+    Drop = 4,
+}
+
+impl Order {
+    const ALL: [Self; 5] = [
+        Self::WriteBack,
+        Self::Take,
+        Self::Seal,
+        Self::Clean,
+        Self::Drop,
+    ];
+}
 
 /// The daemon's end.
 pub(super) struct FlushHelper {
@@ -62,33 +99,91 @@ impl FlushHelper {
     /// `EIO` when a page could not be written, or there is no helper to be had: the cut fails rather than
     /// miss a store.
     pub(super) fn flush(&self, nodes: &[NodeId]) -> Result<()> {
-        if nodes.is_empty() {
+        self.ask(Order::WriteBack, nodes)
+    }
+
+    /// Has an order carried out, by another helper if this one is gone.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub(super) fn ask(&self, order: Order, nodes: &[NodeId]) -> Result<()> {
+        if nodes.is_empty() && order != Order::Drop {
             return Ok(());
         }
         let mut pipes = self.pipes.lock();
-        let answer = pipes.order(nodes).or_else(|error| {
+        let answer = pipes.order(order, nodes, None).or_else(|error| {
             log::warn!(
                 "{}: the flush helper is gone ({error}); starting another",
                 self.mountpoint.display()
             );
             *pipes = Pipes::start(&self.mountpoint)?;
             self.pid.store(pipes.child.id(), Ordering::SeqCst);
-            pipes
-                .order(nodes)
-                .map_err(|e| Error::io("the flush helper failed", &self.mountpoint, &e))
+            pipes.order(order, nodes, None).map_err(|error| {
+                log::error!(
+                    "{}: the flush helper failed: {error}",
+                    self.mountpoint.display()
+                );
+                Error::Os(Errno::IO)
+            })
         })?;
-        match answer {
-            0 => Ok(()),
-            errno => Err(Errno::from_raw_os_error(errno).into()),
+        answer.map(drop)
+    }
+
+    /// [`Order::Seal`]: returns those of `nodes` that the kernel does not know any more. `tick` is called every
+    /// [`TICK`] meanwhile, and ends the waiting, and the helper, when it fails.
+    ///
+    /// # Errors
+    /// Those of `tick`, of fsync(2), and `EIO` when the helper is gone: its descriptors are gone with it, so there
+    /// is nothing that another could go on with.
+    pub(super) fn seal(
+        &self,
+        nodes: &[NodeId],
+        tick: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<NodeId>> {
+        if nodes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut given_up = None;
+        let mut pipes = self.pipes.lock();
+        let mut tick = || {
+            tick().map_err(|error| {
+                given_up = Some(error);
+                std::io::Error::from(std::io::ErrorKind::TimedOut)
+            })
+        };
+        let answer = pipes.order(Order::Seal, nodes, Some(&mut tick));
+        match (answer, given_up) {
+            (Ok(answer), _) => answer,
+            (Err(_), Some(error)) => {
+                // It waits for a lock that somebody else holds, and its answer would be taken for another's.
+                if let Err(error) = pipes.child.kill() {
+                    log::debug!("flush helper: {error}");
+                }
+                Err(error)
+            }
+            (Err(error), None) => {
+                log::error!(
+                    "{}: the flush helper failed: {error}",
+                    self.mountpoint.display()
+                );
+                Err(Errno::IO.into())
+            }
         }
     }
 }
 
+/// How often the one who waits for the helper looks after what it waits for.
+pub(super) const TICK: Duration = Duration::from_millis(5);
+
+/// What an order came to: the nodes that the kernel does not know, or the helper's errno.
+type Answer = Result<Vec<NodeId>>;
+
 impl Pipes {
     fn start(mountpoint: &Path) -> Result<Self> {
         let failed = |e: std::io::Error| Error::io("cannot start the flush helper", mountpoint, &e);
-        let program = std::env::current_exe().map_err(failed)?;
-        let mut child = Command::new(program)
+        // Not by path: the program may lie in the directory that is mounted over.
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("cowfs")
             .args([OsStr::new(HELPER_COMMAND), mountpoint.as_os_str()])
             .current_dir("/")
             .stdin(Stdio::piped())
@@ -105,14 +200,43 @@ impl Pipes {
         }
     }
 
-    /// Sends a list of nodes and waits for the errno that answers it.
-    fn order(&mut self, nodes: &[NodeId]) -> std::io::Result<i32> {
-        let mut order = (nodes.len() as u64).to_le_bytes().to_vec();
-        order.extend(nodes.iter().flat_map(|node| node.to_le_bytes()));
-        self.orders.write_all(&order)?;
+    /// Sends an order and waits for the answer.
+    fn order(
+        &mut self,
+        order: Order,
+        nodes: &[NodeId],
+        tick: Option<&mut dyn FnMut() -> std::io::Result<()>>,
+    ) -> std::io::Result<Answer> {
+        let words = [order as u64, nodes.len() as u64];
+        let words = words
+            .iter()
+            .chain(nodes)
+            .flat_map(|word| word.to_le_bytes());
+        self.orders.write_all(&words.collect::<Vec<u8>>())?;
+        if let Some(tick) = tick {
+            let pause = Timespec {
+                tv_sec: 0,
+                tv_nsec: TICK.subsec_nanos().into(),
+            };
+            let mut there = [PollFd::new(&self.answers, PollFlags::IN)];
+            loop {
+                match poll(&mut there, Some(&pause)) {
+                    Ok(0) => tick()?,
+                    Err(Errno::INTR) => {}
+                    Ok(_) => break,
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+        }
         let mut answer = [0; 4];
         self.answers.read_exact(&mut answer)?;
-        Ok(i32::from_le_bytes(answer))
+        let errno = i32::from_le_bytes(answer);
+        let gone = read_words(&mut self.answers)
+            .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::UnexpectedEof))?;
+        Ok(match errno {
+            0 => Ok(gone),
+            errno => Err(Errno::from_raw_os_error(errno).into()),
+        })
     }
 }
 
@@ -130,17 +254,23 @@ impl Drop for Pipes {
     }
 }
 
-/// The helper's loop: for each list of nodes read, writes back their dirty pages and answers an errno, 0 for
-/// success. Ends when the daemon does.
+/// The helper's loop: carries out each order read, and answers an errno, 0 for success, and the nodes that the
+/// kernel does not know. Ends when the daemon does.
 pub fn run_helper(mountpoint: &Path) -> Result<()> {
     let (mut input, mut output) = (std::io::stdin(), std::io::stdout());
-    while let Some(nodes) = read_order(&mut input) {
-        let answer = match write_back(mountpoint, &nodes) {
+    super::session::raise_file_limit();
+    let mut taken = Taken::default();
+    while let Some((order, nodes)) = read_order(&mut input) {
+        let mut gone = Vec::new();
+        let errno = match carry_out(mountpoint, order, &nodes, &mut taken, &mut gone) {
             Ok(()) => 0,
             Err(errno) => errno.raw_os_error(),
         };
+        let mut answer = errno.to_le_bytes().to_vec();
+        answer.extend((gone.len() as u64).to_le_bytes());
+        answer.extend(gone.iter().flat_map(|node| node.to_le_bytes()));
         if output
-            .write_all(&answer.to_le_bytes())
+            .write_all(&answer)
             .and_then(|()| output.flush())
             .is_err()
         {
@@ -150,54 +280,121 @@ pub fn run_helper(mountpoint: &Path) -> Result<()> {
     Ok(())
 }
 
-fn read_order(input: &mut impl Read) -> Option<Vec<NodeId>> {
-    let mut number = [0; 8];
-    let mut next = || {
-        input
-            .read_exact(&mut number)
-            .ok()
-            .map(|()| u64::from_le_bytes(number))
-    };
-    let count = next()?;
-    (0..count).map(|_| next()).collect()
+/// The descriptors that the helper keeps.
+#[derive(Default)]
+struct Taken {
+    root: Option<OwnedFd>,
+    files: HashMap<NodeId, OwnedFd>,
 }
 
-fn write_back(mountpoint: &Path, nodes: &[NodeId]) -> Result<(), Errno> {
+fn read_word(input: &mut impl Read) -> Option<u64> {
+    let mut number = [0; 8];
+    input.read_exact(&mut number).ok()?;
+    Some(u64::from_le_bytes(number))
+}
+
+/// A number, and as many numbers as it says.
+fn read_words(input: &mut impl Read) -> Option<Vec<u64>> {
+    let count = read_word(input)?;
+    (0..count).map(|_| read_word(input)).collect()
+}
+
+fn read_order(input: &mut impl Read) -> Option<(Order, Vec<NodeId>)> {
+    let order = *Order::ALL.get(usize::try_from(read_word(input)?).ok()?)?;
+    Some((order, read_words(input)?))
+}
+
+/// Does what `order` says; `gone` gets the nodes that the kernel does not know.
+fn carry_out(
+    mountpoint: &Path,
+    order: Order,
+    nodes: &[NodeId],
+    taken: &mut Taken,
+    gone: &mut Vec<NodeId>,
+) -> Result<(), Errno> {
+    if order == Order::Drop {
+        *taken = Taken::default();
+        return Ok(());
+    }
+    let dir = taken
+        .root
+        .take()
+        .map_or_else(|| open_root(mountpoint), Ok)?;
+    let keeps = matches!(order, Order::Take | Order::Seal);
+    let tells = pages_tell_of_requests();
+    for node in nodes {
+        let file = match taken
+            .files
+            .remove(node)
+            .map_or_else(|| open_node(&dir, *node), Ok)
+        {
+            Ok(file) => file,
+            // Out of the kernel's memory, so without pages; or removed, so in no snapshot, even if its number is that of
+            // a symbolic link by now.
+            Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => {
+                gone.push(*node);
+                continue;
+            }
+            Err(errno) => return Err(errno),
+        };
+        if order == Order::Seal {
+            rustix::fs::fsync(&file)?;
+        } else if !tells || sys::has_unwritten_pages(file.as_fd()) {
+            // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which
+            // waits for the requests themselves, as sync_file_range does not on kernels before 6.16.
+            sys::start_write_back(file.as_fd())?;
+            if order != Order::Clean {
+                rustix::fs::fsync(&file)?;
+            }
+        }
+        if keeps {
+            taken.files.insert(*node, file);
+        }
+    }
+    taken.root = keeps.then_some(dir);
+    Ok(())
+}
+
+fn open_root(mountpoint: &Path) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(mountpoint, flags, Mode::empty())?;
     if rustix::fs::fstatfs(&dir)?.f_type as u64 != FUSE_MAGIC {
         // Hidden beneath another mount: its pages cannot be asked for.
         return Err(Errno::BUSY);
     }
-    let tells = pages_tell_of_requests();
-    for node in nodes {
-        // The kernel's own handle of an inode (fuse_encode_fh of fs/fuse/inode.c): number, generation.
-        let (high, low) = ((node >> 32) as u32, *node as u32);
-        let words = [high, low, 0].map(u32::to_ne_bytes);
-        let file = match sys::open_by_handle(
-            dir.as_fd(),
-            FILEID_INO64_GEN,
-            &words.concat(),
-            OFlags::RDONLY,
-        ) {
-            Ok(file) => file,
-            // Out of the kernel's memory, so without pages; or removed, so in no snapshot.
-            Err(Errno::STALE | Errno::NOENT) => continue,
-            Err(errno) => return Err(errno),
-        };
-        if !tells || sys::has_unwritten_pages(file.as_fd()) {
-            // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which
-            // waits for the requests themselves, as sync_file_range does not on kernels before 6.16.
-            sys::start_write_back(file.as_fd())?;
-            rustix::fs::fsync(&file)?;
-        }
+    Ok(dir)
+}
+
+/// Opens an inode of the mount: by the kernel's own handle (fuse_encode_fh of fs/fuse/inode.c: number,
+/// generation), or, without the privilege for that, by a name that the daemon answers to the helper.
+fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
+    let (high, low) = ((node >> 32) as u32, node as u32);
+    let words = [high, low, 0].map(u32::to_ne_bytes);
+    let handle = words.concat();
+    match sys::open_by_handle(dir.as_fd(), FILEID_INO64_GEN, &handle, OFlags::RDONLY) {
+        Err(Errno::PERM | Errno::STALE) => {}
+        other => return other,
     }
-    Ok(())
+    let name = format!("{NODE_NAME}{node:x}");
+    let open = |access| {
+        let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        rustix::fs::openat(dir, &name, flags, Mode::empty())
+    };
+    let file = match open(OFlags::RDONLY) {
+        Err(Errno::ACCESS) => open(OFlags::WRONLY)?,
+        other => other?,
+    };
+    // An entry that really has this name hides the node: the cut fails rather than miss a store.
+    if rustix::fs::fstat(&file)?.st_ino == node {
+        Ok(file)
+    } else {
+        Err(Errno::BUSY)
+    }
 }
 
 /// Whether a page counts as being written back until cowfs has answered for it. Before Linux 6.16 FUSE wrote a
 /// copy, and the page counted as clean while the request was still on its way.
-fn pages_tell_of_requests() -> bool {
+pub(super) fn pages_tell_of_requests() -> bool {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy();
     let mut numbers = release

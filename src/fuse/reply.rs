@@ -1,12 +1,13 @@
 //! Replies: what of the engine's answers reaches the kernel, and for how long it holds.
 
+use super::FOREVER;
 use super::convert::{errno, file_attr};
-use super::{Adapter, FOREVER};
+use super::read::Reader;
 use crate::engine::attr::Attr;
 use crate::engine::dir::Line;
 use crate::engine::handle::OpenDir;
-use crate::engine::object::{Node, ROOT_NODE, folder_node, unreachable_node};
-use crate::error::Result;
+use crate::engine::object::{Node, NodeId, folder_node, unreachable_node};
+use crate::error::{Error, Result};
 use fuser::{Errno, Generation, INodeNo, ReplyDirectoryPlus, ReplyEntry, ReplyXattr};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -23,7 +24,7 @@ macro_rules! answer {
 }
 pub(super) use answer;
 
-impl Adapter {
+impl Reader {
     /// How long the entry and the attributes of what was found in `parent` hold. A snapshot's name may come
     /// to mean another, and the folder's own times change.
     fn lifetimes(&self, parent: &Node, attr: &Attr) -> (Duration, Duration) {
@@ -36,20 +37,35 @@ impl Adapter {
         }
     }
 
-    pub(super) fn attr_lifetime(node: &Node) -> Duration {
-        if matches!(node, Node::Folder(_)) {
-            Duration::ZERO
-        } else {
-            FOREVER
-        }
+    /// Answers with what was found in `parent`; the kernel may believe its attributes for no longer than `ttl`.
+    pub(super) fn reply_entry_for(
+        &self,
+        reply: ReplyEntry,
+        parent: &Node,
+        attr: &Attr,
+        ttl: Duration,
+    ) {
+        let (attr_ttl, entry_ttl) = self.lifetimes(parent, attr);
+        let shown = file_attr(attr, attr.node);
+        reply.entry_with_ttls(&attr_ttl.min(ttl), &entry_ttl, &shown, Generation(0));
     }
 
-    pub(super) fn reply_entry(&self, reply: ReplyEntry, parent: &Node, result: Result<Attr>) {
-        answer!(reply, result, attr => {
-            let (attr_ttl, entry_ttl) = self.lifetimes(parent, &attr);
-            reply.entry_with_ttls(&attr_ttl, &entry_ttl, &file_attr(&attr, attr.node), Generation(0));
+    /// Answers with a live node that is known, under a name that holds for this once.
+    pub(super) fn reply_node(&self, reply: ReplyEntry, node: NodeId) {
+        let attr = self.engine.node(node).and_then(|found| match &found {
+            Node::Live(object) => {
+                let attr = self.engine.getattr(&found, None)?;
+                self.engine.nodes.told(object);
+                Ok(attr)
+            }
+            Node::At(_) | Node::Folder(_) => Err(Error::Stale),
+        });
+        answer!(reply, attr, attr => {
+            let shown = file_attr(&attr, attr.node);
+            reply.entry_with_ttls(&FOREVER, &Duration::ZERO, &shown, Generation(0));
         });
     }
+
     /// Adds a line with its attributes; false if there was no room.
     pub(super) fn add_plus(
         &self,
@@ -60,7 +76,7 @@ impl Adapter {
         let name = OsStr::from_bytes(&line.name);
         if line.name == b"." || line.name == b".." {
             // The kernel takes no reference from these two (fuse_direntplus_link of fs/fuse/readdir.c).
-            let attr = self.engine.getattr(&self.engine.node(ROOT_NODE)?, None)?;
+            let attr = self.engine.getattr(&self.root, None)?;
             let mut attr = file_attr(&attr, line.ino);
             attr.kind = fuser::FileType::Directory;
             return Ok(!reply.add(
@@ -72,7 +88,7 @@ impl Adapter {
                 Generation(0),
             ));
         }
-        let attr = match self.engine.look_up_line(dir, line) {
+        let attr = match self.engine.look_up_line(&self.nodes, dir, line) {
             Ok(Some(attr)) => attr,
             Ok(None) => return Ok(true),
             Err(error) => {
@@ -104,10 +120,17 @@ impl Adapter {
             Generation(0),
         );
         if full {
-            self.engine.nodes.forget(attr.node, 1);
+            self.nodes.forget(attr.node, 1);
         }
         Ok(!full)
     }
+}
+
+/// Replies that a name means nothing, and goes on to mean nothing until the kernel makes it: a node 0 of lookup
+/// (`fuse_lookup_name` of the kernel's fs/fuse/dir.c).
+pub(super) fn reply_absent(reply: ReplyEntry) {
+    let nothing = file_attr(&Attr::of_kind(0, libc::DT_REG), 0);
+    reply.entry_with_ttls(&FOREVER, &FOREVER, &nothing, Generation(0));
 }
 
 pub(super) fn reply_xattr(reply: ReplyXattr, value: Result<Vec<u8>>, size: u32) {

@@ -1,69 +1,227 @@
 //! A mount from beginning to end.
 
-use super::Adapter;
+use super::attach::{attach, detach, read_far_ahead};
 use super::flush::FlushHelper;
-use crate::config::MountConfig;
-use crate::engine::{Engine, EngineOptions};
+use super::handover::SnapshotMounts;
+use super::kept::{Ended, Kept};
+use super::pool::Pool;
+use super::read::Reader;
+use super::writeback::Gate;
+use super::{Adapter, BLOCKING_THREADS, REQUEST_THREADS};
+use crate::config::{CacheMode, MountConfig};
+use crate::engine::{Engine, EngineOptions, Reach};
 use crate::error::{Error, Result};
 use crate::sync::Arc;
-use fuser::{Config, Session, SessionACL};
-use rustix::fd::{AsRawFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::process::{Resource, Rlimit, getgid, getrlimit, getuid, setrlimit};
+use fuser::{Config, INodeNo, Session, SessionACL};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::path::Path;
 
-/// Threads that take requests from the kernel. More than one, so that a read from a cold disk does not hold
-/// up everybody else.
-const REQUEST_THREADS: usize = 4;
-const DEVICE: &str = "/dev/fuse";
-
-/// Mounts as `config` says, calls `ready` once the mount answers requests, and returns when it has been
-/// unmounted (umount(8), SIGTERM or SIGINT) and the store is closed.
+/// Mounts as `config` says, or takes over the mount that an earlier server left, and serves it until it is unmounted
+/// (umount(8), SIGTERM or SIGINT) and the store is closed. `ready` is called once the mount answers requests.
 ///
 /// # Errors
-/// What stands in the way of the mount (C12); a failure of the last writes of the store.
-pub fn serve(config: MountConfig, ready: impl FnOnce() + Send) -> Result<()> {
+/// How serving ended, if not well; what stands in the way of the mount (C12) is told to the keeper.
+pub fn serve(
+    mut config: MountConfig,
+    kept: Kept,
+    ready: impl FnOnce() + Send,
+) -> Result<(), Ended> {
     raise_file_limit();
-    let device = open_device()?;
-    let engine = Engine::open(
-        &config.source,
-        EngineOptions {
+    let taken_over = kept.mount.is_some();
+    config.cache = cache_mode(&config, &kept);
+    let server = Server::start(config, kept).map_err(|(kept, error)| {
+        if taken_over {
+            Ended::CannotTakeOver(error)
+        } else {
+            kept.refuse(&error)
+        }
+    })?;
+    server.run(ready).map_err(Ended::Failed)
+}
+
+/// How the kernel caches writes: as the mount that there is has it, or as asked for, where that is sound.
+fn cache_mode(config: &MountConfig, kept: &Kept) -> CacheMode {
+    let wanted = match (&kept.mount, kept.writeback) {
+        (Some(_), true) => return CacheMode::Writeback,
+        (Some(_), false) => return CacheMode::WriteThrough,
+        (None, _) => config.cache,
+    };
+    if wanted == CacheMode::WriteThrough || config.read_only {
+        return CacheMode::WriteThrough;
+    }
+    match super::probe::writeback(config) {
+        Ok(()) => CacheMode::Writeback,
+        Err(why) => {
+            log::warn!(
+                "{}: cache=write-through takes the place of cache=writeback: {why}",
+                config.mountpoint.display()
+            );
+            CacheMode::WriteThrough
+        }
+    }
+}
+
+/// A mount and what serves it.
+struct Server {
+    config: MountConfig,
+    kept: Kept,
+    signals: Signals,
+    snapshots: Arc<SnapshotMounts>,
+    session: Session<Adapter>,
+}
+
+impl Server {
+    fn start(config: MountConfig, mut kept: Kept) -> Result<Self, (Kept, Error)> {
+        match Self::assemble(&config, &mut kept) {
+            Ok((signals, snapshots, session)) => Ok(Self {
+                config,
+                kept,
+                signals,
+                snapshots,
+                session,
+            }),
+            Err(error) => Err((kept, error)),
+        }
+    }
+
+    fn assemble(
+        config: &MountConfig,
+        kept: &mut Kept,
+    ) -> Result<(Signals, Arc<SnapshotMounts>, Session<Adapter>)> {
+        let (device, inventory) = kept.mount.take().unzip();
+        let options = EngineOptions {
             store: config.store.clone(),
             durability: config.durability,
             upkeep: Some(config.sync_interval),
             snapshot_dir: config.snapshot_dir.clone(),
+            reach: Reach::AsPermitted,
+            space: config.space,
+            user_snapshots: config.user_snapshots,
             tuning: crate::store::StoreOptions::default(),
-        },
-    )?;
-    // Before the signals can come, so that one during the mount still unmounts.
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
-        .map_err(|e| Error::io("cannot listen for signals", &config.mountpoint, &e))?;
-    let helper = FlushHelper::start(&config.mountpoint)?;
-    mount_device(&config, &device)?;
-    let served = run(&config, device, engine.clone(), helper, signals, ready);
-    if served.is_err() {
-        detach(&config.mountpoint);
+            media: None,
+            witness: None,
+            faults: None,
+        };
+        let directory = rustix::io::dup(&kept.directory)?;
+        let (engine, found) =
+            Engine::open_for_mount(&config.source, directory, options, inventory)?;
+        // Before the signals can come, so that one during the mount still unmounts.
+        let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+            .map_err(|e| Error::io("cannot listen for signals", &config.mountpoint, &e))?;
+        let helper = FlushHelper::start(&config.mountpoint)?;
+        let mut helpers = vec![helper.pid()];
+        let gate = if config.cache == CacheMode::Writeback {
+            let cleaner = FlushHelper::start(&config.mountpoint)?;
+            helpers.push(cleaner.pid());
+            let gate = Gate::new(engine.clone(), helper, cleaner)?;
+            engine.set_barrier(Some(gate.clone()));
+            Some(gate)
+        } else {
+            let flusher = Box::new(move |nodes: &[_]| helper.flush(nodes));
+            engine.set_flusher(Some(flusher));
+            None
+        };
+        let waiting = Arc::new(Pool::new("reading", BLOCKING_THREADS)?);
+        let snapshots = SnapshotMounts::new(engine.clone(), config.clone(), waiting, kept.served);
+        let adapter = Adapter::new(snapshots.clone(), helpers, gate.clone(), &found)?;
+        let session = match device {
+            Some(device) => resume(config, adapter, device)?,
+            None => begin(config, adapter, kept, &engine)?,
+        };
+        let notifier = session.notifier();
+        if let Some(gate) = gate {
+            gate.set_notifier(notifier.clone());
+        }
+        engine.set_listener(Some(Box::new(move |node| {
+            // A negative offset: the attributes alone, no pages.
+            if let Err(error) = notifier.inval_inode(INodeNo(node), -1, 0) {
+                log::warn!("cannot have the kernel forget the attributes of {node}: {error}");
+            }
+        })));
+        Ok((signals, snapshots, session))
     }
-    engine.set_flusher(None);
-    let closed = engine.close();
-    served.and(closed)
+
+    fn run(self, ready: impl FnOnce() + Send) -> Result<()> {
+        let Self {
+            config,
+            kept,
+            mut signals,
+            snapshots,
+            session,
+        } = self;
+        // If this fails the next server takes the mount over as it is.
+        run(&config, session, &mut signals, || {
+            ready();
+            if let Err(error) = kept.ready() {
+                log::warn!("the keeper cannot be told: {error}");
+            }
+        })?;
+        let engine = snapshots.engine.clone();
+        snapshots.end();
+        engine.set_flusher(None);
+        engine.set_barrier(None);
+        engine.set_listener(None);
+        engine.close()
+    }
 }
 
-fn run(
+/// Makes the mount, and has the keeper hold it.
+fn begin(
     config: &MountConfig,
-    device: OwnedFd,
-    engine: Arc<Engine>,
-    helper: FlushHelper,
-    mut signals: Signals,
-    ready: impl FnOnce() + Send,
-) -> Result<()> {
-    let failed = |e: std::io::Error| Error::io("the FUSE session failed", &config.mountpoint, &e);
-    let helper_pid = helper.pid();
-    engine.set_flusher(Some(Box::new(move |nodes| helper.flush(nodes))));
+    adapter: Adapter,
+    kept: &Kept,
+    engine: &Engine,
+) -> Result<Session<Adapter>> {
+    let device = attach(config)?;
+    let begun = engine
+        .inventory()
+        .map_or(Ok(()), |inventory| {
+            let writeback = config.cache == CacheMode::Writeback;
+            kept.hold(device.as_fd(), inventory.file(), writeback)
+        })
+        .and_then(|()| {
+            let options = options(config);
+            Session::from_fd(adapter, device, options.acl, options).map_err(failed(config))
+        });
+    match begun {
+        Ok(_) => read_far_ahead(&config.mountpoint),
+        Err(_) => detach(&config.mountpoint),
+    }
+    begun
+}
+
+/// Serves a mount whose kernel side has long agreed on the protocol. fuser insists on the first request of a
+/// connection, so it gets one from this side of a socket, which then becomes the device. What the kernel had sent to
+/// the earlier server and got no answer to is sent again (`FUSE_NOTIFY_RESEND`, Linux 6.9).
+fn resume(config: &MountConfig, adapter: Adapter, device: OwnedFd) -> Result<Session<Adapter>> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    rustix::io::write(&ours, &Reader::first_request())?;
+    let options = options(config);
+    let session =
+        Session::from_fd(adapter, theirs, options.acl, options).map_err(failed(config))?;
+    crate::sys::replace_descriptor(session.as_fd(), device.as_fd())?;
+    // struct fuse_out_header of include/uapi/linux/fuse.h: length, code of the notification, no request.
+    const FUSE_NOTIFY_RESEND: i32 = 7;
+    let mut resend = 16_u32.to_ne_bytes().to_vec();
+    resend.extend(FUSE_NOTIFY_RESEND.to_ne_bytes());
+    resend.extend(0_u64.to_ne_bytes());
+    rustix::io::write(&device, &resend)?;
+    Ok(session)
+}
+
+fn failed(config: &MountConfig) -> impl Fn(std::io::Error) -> Error + '_ {
+    |e| Error::io("the FUSE session failed", &config.mountpoint, &e)
+}
+
+pub(super) fn options(config: &MountConfig) -> Config {
     let mut options = Config::default();
     options.n_threads = Some(REQUEST_THREADS);
     options.acl = if config.allow_other {
@@ -71,8 +229,15 @@ fn run(
     } else {
         SessionACL::Owner
     };
-    let adapter = Adapter::new(engine, config.clone(), helper_pid)?;
-    let session = Session::from_fd(adapter, device, options.acl, options).map_err(failed)?;
+    options
+}
+
+fn run(
+    config: &MountConfig,
+    session: Session<Adapter>,
+    signals: &mut Signals,
+    ready: impl FnOnce(),
+) -> Result<()> {
     let stop = signals.handle();
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -84,18 +249,18 @@ fn run(
                 detach(&config.mountpoint);
             }
         });
-        let running = scope.spawn(|| session.run().map_err(failed));
+        let running = scope.spawn(|| session.run().map_err(failed(config)));
         ready();
         let done = running
             .join()
-            .unwrap_or_else(|_| Err(failed(std::io::Error::other("panicked"))));
+            .unwrap_or_else(|_| Err(failed(config)(std::io::Error::other("panicked"))));
         stop.close();
         done
     })
 }
 
 /// Each file that a user has open costs the daemon a descriptor, so it takes as many as it is allowed.
-fn raise_file_limit() {
+pub(super) fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     let most = Rlimit {
         current: limit.maximum,
@@ -103,72 +268,5 @@ fn raise_file_limit() {
     };
     if let Err(errno) = setrlimit(Resource::Nofile, most) {
         log::warn!("cannot raise the limit of open files: {errno}");
-    }
-}
-
-fn open_device() -> Result<OwnedFd> {
-    rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
-        Error::Permission(match errno {
-            Errno::NOENT | Errno::NODEV | Errno::NXIO => {
-                format!("{DEVICE} is missing: load the fuse module (modprobe fuse), or give the container the device")
-            }
-            Errno::ACCESS | Errno::PERM => {
-                format!("{DEVICE}: permission denied: run cowfs as root, or let the user open the device")
-            }
-            other => format!("{DEVICE}: {other}"),
-        })
-    })
-}
-
-/// mount(2) with the type `fuse.cowfs`, which the mount table then shows (mount(2), the kernel's
-/// Documentation/filesystems/fuse.rst for the options).
-fn mount_device(config: &MountConfig, device: &OwnedFd) -> Result<()> {
-    let mut data = format!(
-        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
-        device.as_raw_fd(),
-        getuid().as_raw(),
-        getgid().as_raw()
-    );
-    if config.allow_other {
-        data.push_str(",allow_other");
-    }
-    let mut flags = MountFlags::empty();
-    for (wanted, flag) in [
-        (config.read_only, MountFlags::RDONLY),
-        (config.nosuid, MountFlags::NOSUID),
-        (config.nodev, MountFlags::NODEV),
-        (config.noexec, MountFlags::NOEXEC),
-        (config.noatime, MountFlags::NOATIME),
-    ] {
-        flags.set(flag, wanted);
-    }
-    let data = crate::sys::c_string(data.as_bytes())?;
-    mount(
-        config.fsname.as_os_str(),
-        &config.mountpoint,
-        "fuse.cowfs",
-        flags,
-        Some(data.as_c_str()),
-    )
-    .map_err(|errno| match errno {
-        Errno::PERM | Errno::ACCESS => Error::Permission(format!(
-            "{}: not permitted to mount here; run cowfs as root",
-            config.mountpoint.display()
-        )),
-        other => Error::MountPoint {
-            path: config.mountpoint.clone(),
-            why: format!("cannot mount here: {other}"),
-        },
-    })
-}
-
-/// Unmounts; a mount in use disappears from the tree at once and ends with its last user.
-fn detach(mountpoint: &Path) {
-    let done = match unmount(mountpoint, UnmountFlags::empty()) {
-        Err(Errno::BUSY) => unmount(mountpoint, UnmountFlags::DETACH),
-        other => other,
-    };
-    if let Err(errno) = done {
-        log::warn!("{}: cannot unmount: {errno}", mountpoint.display());
     }
 }

@@ -1,11 +1,18 @@
 //! Carrying records from memory into the index.
 
 use super::Store;
+use super::count::Uncounted;
 use super::index::Index;
 use super::journal::Journal;
 use super::key::{self, IndexState, Pair};
 use super::reclaim::Upkeep;
 use crate::error::Result;
+
+/// Bytes that a step of the index may need, besides those of the records that it is given.
+pub(super) const INDEX_ROOM: u64 = 1 << 20;
+/// Bytes of room for the index that are kept ready while the disk has them, so that space can be freed on a full
+/// one: freeing takes some.
+const INDEX_SPARE: u64 = 8 << 20;
 
 impl Store {
     /// Carries what is in memory into the index, durably, so that the next open need not replay it.
@@ -16,6 +23,13 @@ impl Store {
         let mut upkeep = self.upkeep.lock();
         self.checkpoint_in(&mut upkeep, false)?;
         self.journal.prepare_early()
+    }
+
+    /// Keeps room for the index ready, if the disk has it.
+    pub(super) fn keep_index_room(&self) {
+        if let Err(error) = self.layers.index.ensure_room(INDEX_SPARE) {
+            log::debug!("no room is kept ready for the index: {error}");
+        }
     }
 
     pub(super) fn checkpoint_in(&self, upkeep: &mut Upkeep, clean: bool) -> Result<()> {
@@ -46,8 +60,15 @@ impl Store {
             self.layers.thaw();
             return Ok(());
         }
-        carry(self.layers.index.as_ref(), &self.journal, frozen.map.iter())?;
         let index = &self.layers.index;
+        index.ensure_room(self.memtable_bytes() as u64 + INDEX_ROOM)?;
+        let journal = &self.journal;
+        carry(
+            index.as_ref(),
+            journal,
+            &upkeep.uncounted,
+            frozen.map.iter(),
+        )?;
         for (key, value) in self.usages(clean) {
             index.put(&key, &value)?;
         }
@@ -83,8 +104,11 @@ impl Store {
     /// As [`Store::checkpoint`]; nothing is lost then either.
     pub fn close(&self) -> Result<()> {
         let mut upkeep = self.upkeep.lock();
+        self.journal.leave_tail();
         self.checkpoint_in(&mut upkeep, false)?;
-        self.checkpoint_in(&mut upkeep, true)
+        // Closing does not wait for the counting; the next session does it.
+        let counted = upkeep.uncounted.is_nothing();
+        self.checkpoint_in(&mut upkeep, counted)
     }
 }
 
@@ -92,9 +116,19 @@ impl Store {
 pub(super) fn carry<'a>(
     index: &dyn Index,
     journal: &Journal,
+    uncounted: &Uncounted,
     pairs: impl Iterator<Item = (&'a Vec<u8>, &'a Vec<u8>)>,
 ) -> Result<()> {
     for (key, value) in pairs {
+        if uncounted.has(key) {
+            // It is counted again with the index; a carrying that failed may have come this far before.
+            let carried = index.get(key)?.as_ref() == Some(value);
+            index.put(key, value)?;
+            if !carried {
+                journal.uncount(key, value);
+            }
+            continue;
+        }
         // Births and retained files are the values that can be replaced by ones in another segment.
         if matches!(key.first(), Some(b'b' | b'r'))
             && let Some(old) = index.get(key)?

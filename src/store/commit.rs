@@ -4,7 +4,6 @@ use super::journal::{Journal, Segment, split};
 use crate::error::{Error, Result};
 use crate::ids::Lsn;
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering};
-use rustix::io::Errno;
 
 /// Remembers the first failure of the journal (I7).
 #[derive(Debug, Default)]
@@ -25,14 +24,7 @@ impl Poison {
 
     /// Poisons the journal, unless the failure is one that passes and leaves nothing half done.
     pub(super) fn fail(&self, error: &Error) {
-        let passes = [
-            Errno::NOSPC,
-            Errno::DQUOT,
-            Errno::MFILE,
-            Errno::NFILE,
-            Errno::NOMEM,
-        ];
-        if !passes.contains(&error.errno()) {
+        if !error.is_full() && !error.is_lack() {
             self.fail_for_good(error);
         }
     }
@@ -64,6 +56,32 @@ impl Durability {
     }
 }
 
+/// Segments, and how far each has to be durable.
+struct Behind(Vec<(Arc<Segment>, u32)>);
+
+impl Behind {
+    fn one(segment: &Arc<Segment>) -> (Arc<Segment>, u32) {
+        (segment.clone(), segment.end.load(Ordering::SeqCst))
+    }
+
+    fn is_so(&self) -> bool {
+        let synced = |s: &Segment| s.synced.load(Ordering::SeqCst);
+        self.0.iter().any(|(segment, to)| synced(segment) < *to)
+    }
+}
+
+impl Segment {
+    /// Makes durable what has been appended.
+    fn sync(&self) -> Result<()> {
+        let end = self.end.load(Ordering::SeqCst);
+        if self.synced.load(Ordering::SeqCst) < end {
+            self.file.sync()?;
+            self.synced.fetch_max(end, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+}
+
 impl Journal {
     /// Makes everything durable whose append has returned.
     ///
@@ -71,35 +89,48 @@ impl Journal {
     /// Any failure poisons the journal: what the kernel could not write it may have dropped.
     pub(super) fn sync(&self) -> Result<()> {
         self.poison.check()?;
-        let ends: Vec<_> = self
-            .open
-            .lock()
-            .iter()
-            .map(|s| (s.clone(), s.end.load(Ordering::SeqCst)))
-            .collect();
-        self.sync_while(|| {
-            ends.iter()
-                .any(|(s, end)| s.synced.load(Ordering::SeqCst) < *end)
-        })
+        let behind = Behind(self.open.lock().iter().map(Behind::one).collect());
+        self.sync_while(|| behind.is_so() || self.unsealed())
     }
 
-    /// Waits until the record `lsn` is durable; of several callers one syncs for all.
+    /// Waits until the record `lsn`, and all that was appended before it, is durable; of several callers one
+    /// syncs for all.
     ///
     /// # Errors
     /// As [`Journal::sync`].
     pub(super) fn wait_durable(&self, lsn: Lsn) -> Result<()> {
+        let behind = self.behind(lsn);
+        self.sync_while(|| behind.is_so())
+    }
+
+    /// Whether the record `lsn`, and all that was appended before it, is durable.
+    pub(super) fn is_durable(&self, lsn: Lsn) -> bool {
+        !self.behind(lsn).is_so()
+    }
+
+    /// Whether everything is durable whose append has returned.
+    pub(super) fn is_all_durable(&self) -> bool {
+        !Behind(self.open.lock().iter().map(Behind::one).collect()).is_so()
+    }
+
+    /// What has to be synced for the record `lsn`. The segments before its own are among it: one may have been
+    /// synced for the last time before an append to it that preceded the record.
+    fn behind(&self, lsn: Lsn) -> Behind {
         let (number, offset) = split(lsn);
-        let segment = self
-            .open
-            .lock()
-            .iter()
-            .find(|s| s.number == number)
-            .cloned();
+        let open = self.open.lock();
+        let before = open.iter().filter(|s| s.number < number).map(Behind::one);
         // One that is not open any more was synced as a whole.
-        let Some(segment) = segment else {
-            return self.poison.check();
-        };
-        self.sync_while(|| segment.synced.load(Ordering::SeqCst) <= offset)
+        let own = open.iter().find(|s| s.number == number);
+        let own = own.map(|s| (s.clone(), offset + 1));
+        Behind(before.chain(own).collect())
+    }
+
+    /// Whether a segment waits for its seal. One that found no room for it is tried again when something else
+    /// is synced.
+    fn unsealed(&self) -> bool {
+        let open = self.open.lock();
+        let waits = |s: &Arc<Segment>| s.is_done() && !s.no_room.load(Ordering::SeqCst);
+        open.iter().any(waits)
     }
 
     /// Syncs, or waits for others who do, as long as `needed` says so.
@@ -135,13 +166,13 @@ impl Journal {
         }
         let mut finished = Vec::new();
         for segment in segments {
-            let sealed = segment.sealed.load(Ordering::SeqCst);
-            let end = segment.end.load(Ordering::SeqCst);
-            if segment.synced.load(Ordering::SeqCst) < end {
-                segment.file.sync()?;
-                segment.synced.fetch_max(end, Ordering::SeqCst);
-            }
-            if sealed {
+            // Asked first: if nothing can be appended any more, the end is final.
+            let done = segment.is_done();
+            segment.sync()?;
+            // A seal vouches for all before it, so it is written only now. Without room for it the segment
+            // stays open.
+            if done && self.seal(&segment)? {
+                segment.sync()?;
                 finished.push(segment.number);
             }
         }

@@ -12,7 +12,8 @@ use crate::ids::{BLOCK, CHUNK_BLOCKS, Lsn};
 
 /// A segment is compacted when less than one part in this many of it is live.
 const SPARSE: u64 = 4;
-/// A tail with nothing live in it is left once its segment takes more than this many bytes of the disk.
+/// A tail with nothing live in it is left once its segment takes more than this many bytes of the disk besides its
+/// log.
 const IDLE_TAIL: u64 = 64 << 10;
 
 impl Store {
@@ -40,8 +41,15 @@ impl Store {
             .lock()
             .get(&tail)
             .map_or(0, |known| known.usage.records);
-        if records == 0 && self.journal.media.allocated(tail)? > IDLE_TAIL {
-            self.journal.rotate()?;
+        let allocated = self.journal.media.allocated(tail)?;
+        if records == 0 && allocated > self.journal.log_area() + IDLE_TAIL {
+            match self.journal.rotate() {
+                // Other segments may be there to be freed.
+                Err(error) if error.is_full() => log::debug!("the tail is not left: {error}"),
+                other => other?,
+            }
+            // It counts as closed once it is sealed, and it is sealed when it is durable.
+            self.journal.sync()?;
         }
         Ok(())
     }
@@ -49,20 +57,27 @@ impl Store {
     /// A closed segment of which little is live. Never the last one: its number tells how far the journal
     /// goes.
     fn sparse_segment(&self) -> Option<u32> {
-        let tail = self
-            .journal
-            .tail()
-            .map(|(number, _)| number)
-            .or(self.journal.highest());
+        // Before the first append the journal ends where it ended at opening, and a segment that was made since has
+        // nothing in it: the checkpoint is in the one before.
+        let tail = self.journal.tail().map(|(number, _)| number);
+        let tail = Some(tail.unwrap_or_else(|| segment_of(self.journal.ended())));
+        // Nor one after the checkpoint: opening takes a gap there for a loss.
+        let tail = tail.map(|tail| {
+            self.journal
+                .oldest_unsealed()
+                .map_or(tail, |old| old.min(tail))
+        });
         let sparse = |known: &Known| {
             known.closed
                 && !known.damaged
                 && (known.usage.live * SPARSE < known.usage.used || known.usage.records == 0)
         };
         let known = self.journal.known.lock();
-        let found = known
+        let sparse = known
             .iter()
-            .find(|(number, known)| sparse(known) && Some(**number) < tail);
+            .filter(|(number, known)| sparse(known) && Some(**number) < tail);
+        // Those that are empty first: to move what is left in others takes room.
+        let found = sparse.min_by_key(|(_, known)| known.usage.records > 0);
         found.map(|(number, _)| *number)
     }
 
@@ -134,10 +149,7 @@ impl Store {
             None => false,
         };
         if live {
-            self.append(Batch {
-                records: vec![record.clone()],
-                payload: &[],
-            })?;
+            self.append(Batch::small(vec![record.clone()]))?;
         }
         Ok(live)
     }
@@ -146,34 +158,37 @@ impl Store {
     /// after the old one's, so that a scan under way meets one or the other.
     fn move_extent(&self, lsn: Lsn, extent: &Extent) -> Result<bool> {
         let parts = self.parts_of(lsn, extent)?;
-        let moved = !parts.is_empty();
-        for part in parts {
-            let mut payload = Vec::new();
-            let mut place = part.place.clone();
-            if let Some(place) = &mut place {
-                payload.resize(usize::from(part.blocks) * BLOCK, 0);
-                let Some(file) = self.journal.file(segment_of(lsn))? else {
-                    continue;
-                };
-                // Bytes that fail their checksum are moved with it, and go on failing it.
-                file.read_at(&mut payload, u64::from(place.block) * BLOCK as u64)?;
-                place.block = 0;
-            }
-            let first_block = part.chunk * CHUNK_BLOCKS + u64::from(part.start);
-            let (ino, label, blocks) = (part.ino, part.label, part.blocks);
-            let record = Record::Extent(Extent {
-                ino,
-                label,
-                first_block,
-                blocks,
-                place,
-            });
-            self.append(Batch {
-                records: vec![record],
-                payload: &payload,
-            })?;
+        for part in &parts {
+            self.move_piece(part)?;
         }
-        Ok(moved)
+        Ok(!parts.is_empty())
+    }
+
+    /// Appends a piece of an extent anew, with the bytes that there are of it: what fails its checksum is moved
+    /// with it, and goes on failing it.
+    pub(super) fn move_piece(&self, piece: &Piece) -> Result<()> {
+        let mut payload = Vec::new();
+        let mut place = piece.place.clone();
+        if let Some(place) = &mut place {
+            payload.resize(usize::from(piece.blocks) * BLOCK, 0);
+            if let Some(file) = self.journal.file(segment_of(piece.lsn))? {
+                file.read_at(&mut payload, u64::from(place.block) * BLOCK as u64)?;
+            }
+            place.block = 0;
+        }
+        let record = Record::Extent(Extent {
+            ino: piece.ino,
+            label: piece.label,
+            first_block: piece.chunk * CHUNK_BLOCKS + u64::from(piece.start),
+            blocks: piece.blocks,
+            place,
+        });
+        self.append(Batch {
+            records: vec![record],
+            payload: &payload,
+            urgent: false,
+        })
+        .map(drop)
     }
 
     /// What the index has of an extent's record.

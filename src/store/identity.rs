@@ -1,9 +1,9 @@
 //! The directory of a store: whose it is, of which format, and that nobody else has it open.
 
 use crate::error::{Error, Result};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 const FORMAT: &str = "cowfs-store 1";
@@ -67,7 +67,7 @@ pub(super) fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)>
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::open(&path, flags, Mode::empty())
         .map_err(|errno| Error::path("cannot open", &path, errno))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+    match crate::sys::lock_patiently(file.as_fd()) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => return Err(refuse(dir, "the store is in use; unmount it first")),
         Err(errno) => return Err(Error::path("cannot lock", &path, errno)),

@@ -7,7 +7,8 @@
 use super::key::Pair;
 use crate::error::{Error, Result};
 use crate::sync::RwLock;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,6 +35,10 @@ pub(super) trait Index: Send + Sync {
     fn remove(&self, key: &[u8]) -> Result<()>;
     /// Makes all changes so far durable.
     fn sync(&self) -> Result<()>;
+    /// Sees to it that `bytes` more can be written, before anything is: sled does not survive a full disk.
+    fn ensure_room(&self, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
     /// Bytes allocated on disk.
     fn allocated(&self) -> u64;
 }
@@ -133,9 +138,21 @@ impl SledIndex {
         mark(path).exists()
     }
 
+    /// Marks the index at `path` as bad, so that the next open rebuilds it.
+    pub(super) fn condemn(path: &Path) -> Result<()> {
+        let mark = mark(path);
+        std::fs::write(&mark, "the index is not what the journal says\n")
+            .map_err(|e| Error::io("cannot write", &mark, &e))
+    }
+
     /// Takes back that the index at `path` is bad, after it was removed.
-    pub(super) fn pardon(path: &Path) {
-        let _ = std::fs::remove_file(mark(path));
+    pub(super) fn pardon(path: &Path) -> Result<()> {
+        match std::fs::remove_file(mark(path)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("cannot remove", mark(path), &e))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Runs sled; if that fails, has the next open rebuild the index.
@@ -200,6 +217,23 @@ impl Index for SledIndex {
         sync_tree(&self.path)
     }
 
+    fn ensure_room(&self, bytes: u64) -> Result<()> {
+        let path = self.path.join("db");
+        let failed = |errno| Error::path("cannot set space aside in", &path, errno);
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = rustix::fs::open(&path, flags, Mode::empty()).map_err(failed)?;
+        let stat = rustix::fs::fstat(&file).map_err(failed)?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        // Set aside in better times.
+        if u64::try_from(stat.st_blocks).unwrap_or(0) * 512 >= size + bytes {
+            return Ok(());
+        }
+        match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, size, bytes) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INTR) => Ok(()),
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
     fn allocated(&self) -> u64 {
         allocated(&self.path)
     }
@@ -223,7 +257,7 @@ fn sync_path(path: &Path, flags: OFlags) -> Result<()> {
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(fd) => rustix::fs::fsync(&fd).map_err(|errno| Error::path("cannot sync", path, errno)),
-        Err(rustix::io::Errno::NOENT) => Ok(()),
+        Err(Errno::NOENT) => Ok(()),
         Err(errno) => Err(Error::path("cannot sync", path, errno)),
     }
 }

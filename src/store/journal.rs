@@ -5,9 +5,10 @@
 //! loses only records whose append had not returned.
 
 use super::commit::{Durability, Poison};
+use super::frame::{self, Body};
 use super::key::{self, Usage, segment_of};
 use super::media::{Media, MediaFile};
-use super::record::{self, Body, Record, SEAL_LEN};
+use super::record::{Record, SEAL_LEN};
 use super::types::StoreOptions;
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Lsn};
@@ -15,6 +16,9 @@ use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
 use hashlink::LruCache;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
+
+/// One part in this many of a log is for urgent records alone.
+const URGENT_PART: u64 = 16;
 
 /// Files of old segments kept open for readers.
 const OPEN_FILES: usize = 128;
@@ -25,6 +29,18 @@ pub(super) struct Batch<'a> {
     pub(super) records: Vec<Record>,
     /// Whole blocks.
     pub(super) payload: &'a [u8],
+    /// It may use the part of the log that was set aside for such as must get through on a full disk.
+    pub(super) urgent: bool,
+}
+
+impl Batch<'_> {
+    /// Records without a payload.
+    pub(super) fn small(records: Vec<Record>) -> Self {
+        Self {
+            records,
+            ..Self::default()
+        }
+    }
 }
 
 /// One file of the journal that this process has written to.
@@ -43,6 +59,8 @@ pub(super) struct Segment {
     /// No append will get a place here any more.
     left: AtomicBool,
     pub(super) sealed: AtomicBool,
+    /// There was no room for the seal the last time.
+    pub(super) no_room: AtomicBool,
     /// Where the reserved payloads end; final once the segment is left.
     payload_end: AtomicU64,
 }
@@ -100,8 +118,8 @@ pub(super) struct Journal {
     /// The snapshot table, for the start of each new segment.
     preface: Mutex<Arc<Record>>,
     next: AtomicU32,
-    /// The end of what recovery found.
-    recovered: Lsn,
+    /// The end of what recovery found, or of the last sealed segment of this process after it.
+    ended: AtomicU64,
     appended: AtomicU64,
     pub(super) durability: Durability,
     pub(super) poison: Poison,
@@ -129,7 +147,7 @@ impl Journal {
             known: Mutex::new(BTreeMap::new()),
             preface: Mutex::new(Arc::new(preface)),
             next: AtomicU32::new(next),
-            recovered,
+            ended: AtomicU64::new(recovered.0),
             appended: AtomicU64::new(0),
             durability: Durability::default(),
             poison: Poison::default(),
@@ -150,22 +168,16 @@ impl Journal {
         self.poison.check()?;
         batch.records.iter().try_for_each(Record::check)?;
         let bodies: Vec<Vec<u8>> = batch.records.iter().map(Record::body).collect();
-        let log_len: usize = bodies
-            .iter()
-            .map(|body| record::frame_len(body.len()))
-            .sum();
-        let spill_len: usize = bodies
-            .iter()
-            .map(|body| record::spill_len(body.len()))
-            .sum();
-        let place = self.reserve(log_len as u64, (batch.payload.len() + spill_len) as u64)?;
+        let log_len: usize = bodies.iter().map(|body| frame::frame_len(body.len())).sum();
+        let spill_len: usize = bodies.iter().map(|body| frame::spill_len(body.len())).sum();
+        let payload_len = (batch.payload.len() + spill_len) as u64;
+        let place = self.reserve(log_len as u64, payload_len, batch.urgent)?;
         let result = self.write(&place, batch, bodies, publish);
         if let Err(error) = &result {
             self.poison.fail(error);
         }
         place.segment.in_flight.fetch_sub(1, Ordering::SeqCst);
-        let sealed = self.seal_if_done(&place.segment);
-        result.and_then(|lsn| sealed.map(|()| lsn))
+        result
     }
 
     fn write(
@@ -198,7 +210,7 @@ impl Journal {
         let mut last = Lsn(0);
         for (record, body) in records {
             last = lsn_at(segment.number, log.end + bytes.len() as u32);
-            record::put_frame(&mut bytes, self.uuid, record.kind(), &body, last);
+            frame::put_frame(&mut bytes, self.uuid, record.kind(), &body, last);
             done.push((record, last));
         }
         segment.file.write_at(&bytes, u64::from(log.end))?;
@@ -210,14 +222,18 @@ impl Journal {
         Ok(last)
     }
 
-    fn reserve(&self, log_len: u64, payload_len: u64) -> Result<Place> {
+    fn reserve(&self, log_len: u64, payload_len: u64, urgent: bool) -> Result<Place> {
         if log_len > self.options.log_area / 2 {
             return Err(Error::Os(Errno::INVAL));
         }
+        let set_aside = match urgent {
+            true => 0,
+            false => self.options.log_area / URGENT_PART,
+        };
         loop {
             let mut tail = self.tail.lock();
             if let Some(tail) = tail.as_mut()
-                && tail.fits(log_len, payload_len, self.options.segment_size)
+                && tail.fits(log_len + set_aside, payload_len, self.options.segment_size)
             {
                 return Ok(tail.take(log_len, payload_len));
             }
@@ -226,33 +242,29 @@ impl Journal {
                 self.prepare()?;
                 continue;
             };
-            let left = self.enter(&mut tail, spare);
-            drop(tail);
-            if let Some(left) = left {
-                self.seal_if_done(&left)?;
-            }
+            self.enter(&mut tail, spare);
         }
     }
 
-    /// Makes `segment` the tail; returns the one that was, in which nothing more gets a place.
-    fn enter(&self, tail: &mut Option<Tail>, segment: Arc<Segment>) -> Option<Arc<Segment>> {
+    /// Makes `segment` the tail; in the one that was nothing more gets a place.
+    fn enter(&self, tail: &mut Option<Tail>, segment: Arc<Segment>) {
         self.open.lock().push(segment.clone());
         let log = u64::from(segment.end.load(Ordering::SeqCst));
         let payload = segment.payload_end.load(Ordering::SeqCst);
-        let left = tail.replace(Tail {
+        if let Some(left) = tail.replace(Tail {
             segment,
             log,
             payload,
             fresh: true,
-        })?;
-        left.segment
-            .payload_end
-            .store(left.payload, Ordering::SeqCst);
-        left.segment.left.store(true, Ordering::SeqCst);
-        Some(left.segment)
+        }) {
+            left.segment
+                .payload_end
+                .store(left.payload, Ordering::SeqCst);
+            left.segment.left.store(true, Ordering::SeqCst);
+        }
     }
 
-    /// Leaves the tail, so that it can be reclaimed. The next append goes to a new segment.
+    /// Leaves the tail, so that it can be reclaimed once it is synced. The next append goes to a new segment.
     pub(super) fn rotate(&self) -> Result<()> {
         self.poison.check()?;
         self.prepare()?;
@@ -263,13 +275,23 @@ impl Journal {
         let Some(spare) = self.spare.lock().take() else {
             return Ok(());
         };
-        let left = self.enter(&mut tail, spare);
-        drop(tail);
-        left.map_or(Ok(()), |left| self.seal_if_done(&left))
+        self.enter(&mut tail, spare);
+        Ok(())
+    }
+
+    /// Leaves the tail: the next sync seals it, so that damage to its end can be told from an append that was cut
+    /// short. The next append goes to a new segment.
+    pub(super) fn leave_tail(&self) {
+        if let Some(left) = self.tail.lock().take() {
+            left.segment
+                .payload_end
+                .store(left.payload, Ordering::SeqCst);
+            left.segment.left.store(true, Ordering::SeqCst);
+        }
     }
 
     /// Makes the spare segment if there is none. No append waits for this that finds place in the tail.
-    fn prepare(&self) -> Result<()> {
+    pub(super) fn prepare(&self) -> Result<()> {
         let _making = self.making.lock();
         if self.spare.lock().is_none() {
             let segment = self.create().inspect_err(|error| self.poison.fail(error))?;
@@ -278,16 +300,26 @@ impl Journal {
         Ok(())
     }
 
-    /// Makes the spare segment early, if the tail is more than half full.
+    /// Makes the spare segment early, while there is room: without one what is dead in the tail cannot be given back
+    /// on a full disk, as it has to be left first.
     pub(super) fn prepare_early(&self) -> Result<()> {
-        let half_full = self.tail.lock().as_ref().is_some_and(|tail| {
-            tail.log > self.options.log_area / 2 || tail.payload > self.options.segment_size / 2
-        });
-        if half_full { self.prepare() } else { Ok(()) }
+        if self.tail.lock().is_none() {
+            return Ok(());
+        }
+        match self.prepare() {
+            // It is only early: who needs the segment tries again.
+            Err(error) if error.is_full() => {
+                log::debug!("no segment is made early: {error}");
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     fn create(&self) -> Result<Arc<Segment>> {
-        let number = self.next.fetch_add(1, Ordering::SeqCst);
+        // Only `prepare` calls this, one at a time. A number that came to nothing is used again, so that a gap in
+        // the numbers means that something is missing.
+        let number = self.next.load(Ordering::SeqCst);
         let file = self.media.create(number)?;
         self.durability.names_changed();
         let log_area = self.options.log_area;
@@ -301,14 +333,21 @@ impl Journal {
             in_flight: AtomicU32::new(0),
             left: AtomicBool::new(false),
             sealed: AtomicBool::new(false),
+            no_room: AtomicBool::new(false),
             payload_end: AtomicU64::new(log_area),
         };
-        let written = self.write_preface(&segment);
+        // Small records are not to fail for want of space while there is room in the log.
+        let written = file
+            .allocate(0, log_area)
+            .and_then(|()| self.write_preface(&segment));
         if written.is_err() {
             // A file without a header is ignored and removed at the next open, if this fails too.
-            let _ = self.media.remove(number);
+            if self.media.remove(number).is_err() {
+                self.next.store(number + 1, Ordering::SeqCst);
+            }
         }
         written?;
+        self.next.store(number + 1, Ordering::SeqCst);
         self.known.lock().insert(number, Known::default());
         self.files.lock().insert(number, file);
         Ok(Arc::new(segment))
@@ -327,7 +366,7 @@ impl Journal {
         for record in [&header, &table] {
             let body = spilled(segment, record.body(), &mut spill)?;
             let lsn = lsn_at(segment.number, bytes.len() as u32);
-            record::put_frame(&mut bytes, self.uuid, record.kind(), &body, lsn);
+            frame::put_frame(&mut bytes, self.uuid, record.kind(), &body, lsn);
         }
         segment.file.write_at(&bytes, 0)?;
         segment.log.lock().end = bytes.len() as u32;
@@ -336,29 +375,22 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes the seal of a segment that was left and in which no append is under way.
-    fn seal_if_done(&self, segment: &Segment) -> Result<()> {
-        let done = || {
-            segment.left.load(Ordering::SeqCst)
-                && segment.in_flight.load(Ordering::SeqCst) == 0
-                && !segment.sealed.load(Ordering::SeqCst)
-        };
-        if !done() || self.poison.check().is_err() {
-            return Ok(());
-        }
+    /// Writes the seal of a segment that is done and wholly durable. False if there was no room for it.
+    pub(super) fn seal(&self, segment: &Segment) -> Result<bool> {
         let mut log = segment.log.lock();
-        if !done() {
-            return Ok(());
+        if segment.sealed.load(Ordering::SeqCst) {
+            return Ok(true);
         }
         let payload = segment.payload_end.load(Ordering::SeqCst) - segment.log_area;
         let used = u64::from(log.end + SEAL_LEN) + payload;
-        write_seal(
-            segment.file.as_ref(),
-            self.uuid,
-            lsn_at(segment.number, log.end),
-            used,
-        )
-        .inspect_err(|error| self.poison.fail(error))?;
+        let lsn = lsn_at(segment.number, log.end);
+        match write_seal(segment.file.as_ref(), self.uuid, lsn, used) {
+            Err(error) if matches!(error.errno(), Errno::NOSPC | Errno::DQUOT) => {
+                segment.no_room.store(true, Ordering::SeqCst);
+                return Ok(false);
+            }
+            written => written?,
+        }
         log.end += SEAL_LEN;
         segment.end.store(log.end, Ordering::SeqCst);
         // Before it counts as sealed, so that a checkpoint that passes it notes its size too.
@@ -366,8 +398,16 @@ impl Journal {
             known.usage.used = used;
             known.closed = true;
         }
+        let end = lsn_at(segment.number, log.end);
+        self.ended.fetch_max(end.0, Ordering::SeqCst);
         segment.sealed.store(true, Ordering::SeqCst);
-        Ok(())
+        let unused = u64::from(log.end).next_multiple_of(BLOCK as u64);
+        if unused < segment.log_area
+            && let Err(error) = segment.file.punch(unused, segment.log_area - unused)
+        {
+            log::debug!("the rest of a log is not given back: {error}");
+        }
+        Ok(true)
     }
 
     /// Calls `swap` with a place in the journal before which every record has been published, at a moment
@@ -382,7 +422,7 @@ impl Journal {
         // Segments before `first` are sealed: all that was appended to them is published. Appends to later
         // ones may be published too; replaying those twice is harmless.
         match first {
-            None => swap(self.recovered),
+            None => swap(Lsn(self.ended.load(Ordering::SeqCst))),
             Some(segment) => {
                 let log = segment.log.lock();
                 swap(lsn_at(segment.number, log.end));
@@ -400,6 +440,36 @@ impl Journal {
             self.files.lock().insert(number, file.clone());
         }
         Ok(file)
+    }
+
+    /// Up to where the log of each segment that this process has written to is good.
+    pub(super) fn ends(&self) -> BTreeMap<u32, u32> {
+        let open = self.open.lock();
+        let end = |s: &Arc<Segment>| (s.number, s.end.load(Ordering::SeqCst));
+        open.iter().map(end).collect()
+    }
+
+    /// Where a checkpoint is as long as no segment is open.
+    pub(super) fn ended(&self) -> Lsn {
+        Lsn(self.ended.load(Ordering::SeqCst))
+    }
+
+    /// Bytes of the log of new segments.
+    pub(super) fn log_area(&self) -> u64 {
+        self.options.log_area
+    }
+
+    /// The oldest segment that is not sealed: the checkpoint does not pass it.
+    pub(super) fn oldest_unsealed(&self) -> Option<u32> {
+        let open = self.open.lock();
+        let mut unsealed = open.iter().filter(|s| !s.sealed.load(Ordering::SeqCst));
+        unsealed.next().map(|s| s.number)
+    }
+
+    /// Returns once every record that is in a log by now can be seen by look-ups.
+    pub(super) fn wait_published(&self) {
+        let open: Vec<_> = self.open.lock().clone();
+        open.iter().for_each(|segment| drop(segment.log.lock()));
     }
 
     /// Removes a segment for good.
@@ -421,6 +491,19 @@ impl Journal {
                 .usage
                 .add(&footprint);
         }
+    }
+
+    /// Adds the usage of entries that were not counted; returns the segments that there are none of any more.
+    pub(super) fn add_counted(&self, counted: &BTreeMap<u32, Usage>) -> Vec<u32> {
+        let mut known = self.known.lock();
+        let add = |(number, usage): (&u32, &Usage)| match known.get_mut(number) {
+            Some(known) => {
+                known.usage.add_all(usage);
+                None
+            }
+            None => Some(*number),
+        };
+        counted.iter().filter_map(add).collect()
     }
 
     /// Takes an index entry off the usage of its segment.
@@ -450,13 +533,14 @@ impl Journal {
             .as_ref()
             .map(|tail| (tail.segment.number, tail.fresh))
     }
+}
 
-    /// The highest number of a segment there is.
-    pub(super) fn highest(&self) -> Option<u32> {
-        self.known
-            .lock()
-            .last_key_value()
-            .map(|(number, _)| *number)
+impl Segment {
+    /// Whether nothing will be appended any more, but the seal.
+    pub(super) fn is_done(&self) -> bool {
+        self.left.load(Ordering::SeqCst)
+            && self.in_flight.load(Ordering::SeqCst) == 0
+            && !self.sealed.load(Ordering::SeqCst)
     }
 }
 
@@ -482,7 +566,7 @@ impl Tail {
 
 /// A body as it goes into the log: itself, or the place in the payload area where this has written it.
 fn spilled(segment: &Segment, mut body: Vec<u8>, at: &mut u64) -> Result<Body> {
-    let padded = record::spill_len(body.len());
+    let padded = frame::spill_len(body.len());
     if padded == 0 {
         return Ok(Body::Inline(body));
     }
@@ -498,7 +582,7 @@ fn spilled(segment: &Segment, mut body: Vec<u8>, at: &mut u64) -> Result<Body> {
 pub(super) fn write_seal(file: &dyn MediaFile, uuid: u128, lsn: Lsn, used: u64) -> Result<()> {
     let seal = Record::Seal { used };
     let mut bytes = Vec::new();
-    record::put_frame(
+    frame::put_frame(
         &mut bytes,
         uuid,
         seal.kind(),

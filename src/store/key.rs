@@ -3,8 +3,9 @@
 //! Numbers in keys are big-endian, so that bytes order as numbers do; the first byte is a tag.
 
 use super::codec::{Reader, Writer};
-use super::record::{Extent, Place, Record, Table, get_place, get_table, put_table};
+use super::record::{Extent, Place, Record, get_place};
 use super::record::{get_attr, get_entry, get_retained, put_attr, put_entry, put_retained};
+use super::table::{Table, get_table, put_table};
 use super::types::{AttrImage, EntryImage, Retained};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino, Lsn};
@@ -324,7 +325,9 @@ pub(super) fn pairs_of(record: &Record, lsn: Lsn) -> Vec<Pair> {
             });
             vec![(retained(file.ino), value)]
         }
-        Record::Segment { .. } | Record::Table(_) | Record::Seal { .. } => Vec::new(),
+        Record::Segment { .. } | Record::Table(_) | Record::Change(_) | Record::Seal { .. } => {
+            Vec::new()
+        }
     }
 }
 
@@ -467,6 +470,13 @@ impl Usage {
         self.live += footprint.bytes;
         self.payload += footprint.payload;
         self.records += 1;
+    }
+
+    /// Adds what another count of the same segment found.
+    pub(super) fn add_all(&mut self, more: &Self) {
+        self.live += more.live;
+        self.payload += more.payload;
+        self.records += more.records;
     }
 
     pub(super) fn sub(&mut self, footprint: &Footprint) {

@@ -1,11 +1,15 @@
 //! Look-ups. "At `k`" is always: the record with the smallest label ≥ `k`.
 
+use super::Store;
+use super::frame;
 use super::key::{self, Piece};
+use super::media::{MediaFile, MissingFile};
 use super::types::{AttrImage, EntryImage, ExtentRef, Payload, Retained};
-use super::{Store, record};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
+use crate::sync::Arc;
 use rustix::io::Errno;
+use std::ops::Range;
 
 /// How often a look-up is repeated because compaction removed a segment meanwhile.
 const PATIENCE: usize = 100;
@@ -67,22 +71,45 @@ impl Store {
     /// # Errors
     /// As [`Store::attr_at`].
     pub fn extents_at(&self, ino: Ino, k: Epoch, chunk: u64) -> Result<Vec<ExtentRef>> {
+        self.extents_within(ino, k, chunk, 0..CHUNK_BLOCKS as usize)
+    }
+
+    /// As [`Self::extents_at`], of these blocks of the chunk alone.
+    ///
+    /// # Errors
+    /// As [`Store::attr_at`].
+    pub fn extents_within(
+        &self,
+        ino: Ino,
+        k: Epoch,
+        chunk: u64,
+        blocks: Range<usize>,
+    ) -> Result<Vec<ExtentRef>> {
+        let within = (ino, chunk, blocks);
         for _ in 0..PATIENCE {
-            if let Some(extents) = self.try_extents_at(ino, k, chunk)? {
+            if let Some(extents) = self.try_extents_at(&within, k, None)? {
                 return Ok(extents);
             }
         }
-        Err(Error::Corrupt(format!(
-            "chunk {chunk} of object {ino} is in a segment that is missing"
-        )))
+        // It is lost: reading what it had fails, and nothing else does.
+        let lost: Arc<dyn MediaFile> = Arc::new(MissingFile);
+        Ok(self
+            .try_extents_at(&within, k, Some(&lost))?
+            .unwrap_or_default())
     }
 
     /// `None`: a segment went between finding it in the index and opening it; what it held has moved.
-    fn try_extents_at(&self, ino: Ino, k: Epoch, chunk: u64) -> Result<Option<Vec<ExtentRef>>> {
-        let pieces = self.pieces(ino, chunk, k, None)?;
+    /// Of one that does not come back, `instead` is the file.
+    fn try_extents_at(
+        &self,
+        (ino, chunk, blocks): &(Ino, u64, Range<usize>),
+        k: Epoch,
+        instead: Option<&Arc<dyn MediaFile>>,
+    ) -> Result<Option<Vec<ExtentRef>>> {
+        let pieces = self.pieces(*ino, *chunk, k, None)?;
         let mut owner = [usize::MAX; CHUNK_BLOCKS as usize];
         for (i, piece) in pieces.iter().enumerate() {
-            for block in piece.range() {
+            for block in piece.range().filter(|block| blocks.contains(block)) {
                 // The smallest label wins; of copies with one label, that which was moved last.
                 let better = pieces
                     .get(owner[block])
@@ -97,7 +124,7 @@ impl Store {
             let Some(piece) = pieces.get(owner[run.start]) else {
                 continue;
             };
-            let Some(extent) = self.extent_ref(&piece.part(run))? else {
+            let Some(extent) = self.extent_ref(&piece.part(run), instead)? else {
                 return Ok(None);
             };
             found.push(extent);
@@ -105,13 +132,18 @@ impl Store {
         Ok(Some(found))
     }
 
-    fn extent_ref(&self, piece: &Piece) -> Result<Option<ExtentRef>> {
+    fn extent_ref(
+        &self,
+        piece: &Piece,
+        instead: Option<&Arc<dyn MediaFile>>,
+    ) -> Result<Option<ExtentRef>> {
         let first_block = piece.chunk.wrapping_mul(CHUNK_BLOCKS) + u64::from(piece.start);
         let payload = match &piece.place {
             None => None,
             Some(place) => {
                 let segment = key::segment_of(piece.lsn);
-                let Some(file) = self.journal.file(segment)? else {
+                let file = self.journal.file(segment)?;
+                let Some(file) = file.or_else(|| instead.cloned()) else {
                     return Ok(None);
                 };
                 Some(Payload {
@@ -179,7 +211,7 @@ impl Store {
         let block = u64::from(payload.block) + skip as u64;
         let read = payload.file.read_at(buf, block * BLOCK as u64)?;
         let good =
-            read == buf.len() && record::block_checksums(buf) == payload.crcs[skip..skip + blocks];
+            read == buf.len() && frame::block_checksums(buf) == payload.crcs[skip..skip + blocks];
         if good {
             return Ok(());
         }

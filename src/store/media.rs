@@ -22,6 +22,9 @@ pub trait Media: Send + Sync {
     fn sync_names(&self) -> Result<()>;
     /// Bytes that the file has allocated; 0 if there is none of that number.
     fn allocated(&self, number: u32) -> Result<u64>;
+    /// The small file beside the numbered ones that says how the session stands (session.rs); made, empty, if
+    /// there is none.
+    fn session(&self) -> Result<Arc<dyn MediaFile>>;
 }
 
 /// One file of a journal. All offsets and lengths are in bytes.
@@ -32,6 +35,11 @@ pub trait MediaFile: Send + Sync {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
     /// Makes everything written so far durable, the size of the file too.
     fn sync(&self) -> Result<()>;
+    /// Sets the space of a range aside, without changing what can be read, so that later writes into it find
+    /// room. Nothing where the medium cannot do that.
+    fn allocate(&self, _offset: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
     /// Gives the space of a range back; it reads as zeros, or as before where the disk cannot do that.
     fn punch(&self, offset: u64, len: u64) -> Result<()>;
     /// The length of the file.
@@ -71,12 +79,20 @@ impl FileMedia {
     }
 }
 
+/// The name of the session file.
+const SESSION: &str = "session";
+
+/// What is reported of a segment that is gone though the index refers to it, or the journal goes on after it.
+pub(super) fn missing(number: u32) -> String {
+    format!("{}: missing, though it is needed", name_of(number))
+}
+
 /// The file name of a segment.
 pub(super) fn name_of(number: u32) -> String {
     format!("{number:016x}.seg")
 }
 
-fn number_of(name: &[u8]) -> Option<u32> {
+pub(super) fn number_of(name: &[u8]) -> Option<u32> {
     let digits = std::str::from_utf8(name).ok()?.strip_suffix(".seg")?;
     let number = u32::from_str_radix(digits, 16).ok()?;
     (name_of(number).as_bytes() == name).then_some(number)
@@ -129,6 +145,14 @@ impl Media for FileMedia {
             Err(errno) => Err(Error::path("cannot stat", self.path_of(number), errno)),
         }
     }
+
+    fn session(&self) -> Result<Arc<dyn MediaFile>> {
+        let path = self.path.join(SESSION);
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.dir, SESSION, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|errno| Error::path("cannot open", &path, errno))?;
+        Ok(Arc::new(DiskFile { fd, path }))
+    }
 }
 
 #[derive(Debug)]
@@ -170,6 +194,17 @@ impl MediaFile for DiskFile {
             .map_err(|errno| Error::path("cannot sync", &self.path, errno))
     }
 
+    fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        let flags = FallocateFlags::KEEP_SIZE;
+        loop {
+            return match rustix::fs::fallocate(&self.fd, flags, offset, len) {
+                Err(Errno::INTR) => continue,
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+                Err(errno) => Err(Error::path("cannot set space aside in", &self.path, errno)),
+            };
+        }
+    }
+
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.fd, flags, offset, len) {
@@ -182,5 +217,30 @@ impl MediaFile for DiskFile {
         let stat = rustix::fs::fstat(&self.fd)
             .map_err(|errno| Error::path("cannot stat", &self.path, errno))?;
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
+    }
+}
+
+/// Stands for a file that is lost: it has no bytes.
+pub(super) struct MissingFile;
+
+impl MediaFile for MissingFile {
+    fn read_at(&self, _: &mut [u8], _: u64) -> Result<usize> {
+        Ok(0)
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
+        Err(Error::Os(Errno::ROFS))
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn punch(&self, _: u64, _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn size(&self) -> Result<u64> {
+        Ok(0)
     }
 }

@@ -8,12 +8,20 @@
 //! That is why the journal needs no tombstones: a rebuild may bring dead records back, and nothing looks
 //! at them. docs/FORMAT.md has the bytes and the argument.
 
+pub mod check;
 mod checkpoint;
 mod codec;
 mod commit;
 mod compact;
+mod count;
+mod examine;
+mod frame;
+#[doc(hidden)]
+pub mod fuzz;
 mod identity;
 mod index;
+#[cfg(test)]
+mod index_tests;
 mod journal;
 mod key;
 mod layers;
@@ -23,12 +31,20 @@ mod open;
 mod probe;
 mod reclaim;
 mod record;
+mod repair;
 mod replay;
+mod room;
+mod session;
 mod snapshots;
+mod table;
 #[cfg(test)]
 mod tests;
 mod types;
 
+pub use check::{CheckReport, Finding, Severity};
+pub use examine::Examined;
+pub use room::Space;
+pub use session::boot_id;
 pub use types::{
     AttrImage, EntryImage, ExtentData, ExtentRef, ObjectHandle, Payload, Retained, SnapshotInfo,
     SnapshotState, StoreOptions, StoreStats, Timestamp,
@@ -36,13 +52,16 @@ pub use types::{
 
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino, Lsn};
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{AtomicBool, Mutex, RwLock};
 use journal::{Batch, Journal};
+use key::Usage;
 use layers::Layers;
 use reclaim::Upkeep;
 use record::{Extent, Place, Record};
 use rustix::io::Errno;
+use session::Session;
 use snapshots::Snapshots;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -58,6 +77,8 @@ const SMALL_AT_ONCE: usize = 16;
 pub struct Store {
     dir: PathBuf,
     uuid: u128,
+    /// [`StoreOptions::count_step`].
+    count_step: usize,
     /// Guards the one background job; held during its I/O, taken by nothing that serves a request.
     upkeep: Mutex<Upkeep>,
     /// Orders appends of values that can change (births, retained files; shared) against their being
@@ -67,8 +88,24 @@ pub struct Store {
     journal: Journal,
     layers: Layers,
     damage: Mutex<Vec<String>>,
+    /// The reserve is there.
+    reserved: AtomicBool,
+    opened: Opened,
+    /// Its lock is held while the journal syncs, and taken with no other held than an object's.
+    session: Session,
     /// Keeps a second process out.
     _lock: OwnedFd,
+}
+
+/// What opening found, for [`Store::check`].
+#[derive(Debug, Default)]
+struct Opened {
+    /// Why the index that there was could not be used.
+    distrust: Option<String>,
+    /// What an index that was closed in order had noted of the segments; gone once anything changes.
+    noted: Mutex<Option<BTreeMap<u32, Usage>>>,
+    /// Records of the journal are gone that the index may not have.
+    lost: bool,
 }
 
 impl Store {
@@ -87,14 +124,8 @@ impl Store {
     /// [`Error::Poisoned`] after a failed append or sync; the errno of the failed write; `EINVAL` for a
     /// value that the format has no place for.
     pub fn keep_attr(&self, ino: Ino, label: Epoch, image: &AttrImage) -> Result<Lsn> {
-        self.append(Batch {
-            records: vec![Record::Attr {
-                ino,
-                label,
-                image: image.clone(),
-            }],
-            payload: &[],
-        })
+        let image = image.clone();
+        self.append(Batch::small(vec![Record::Attr { ino, label, image }]))
     }
 
     /// Keeps what `name` meant in `dir` as of cut `label`; `None`: nothing.
@@ -131,10 +162,7 @@ impl Store {
         };
         let mut last = Err(Error::Os(Errno::INVAL));
         for some in entries.chunks(SMALL_AT_ONCE) {
-            last = Ok(self.append(Batch {
-                records: some.iter().map(record).collect(),
-                payload: &[],
-            })?);
+            last = Ok(self.append(Batch::small(some.iter().map(record).collect()))?);
         }
         last
     }
@@ -171,7 +199,7 @@ impl Store {
                 let to = end.min((at / CHUNK_BLOCKS + 1).saturating_mul(CHUNK_BLOCKS));
                 let place = (!hole).then(|| Place {
                     block: (at - begun) as u32,
-                    crcs: record::block_checksums(&bytes[offset(at)..offset(to)]),
+                    crcs: frame::block_checksums(&bytes[offset(at)..offset(to)]),
                 });
                 let blocks = (to - at) as u16;
                 records.push(Record::Extent(Extent {
@@ -188,7 +216,11 @@ impl Store {
             } else {
                 &bytes[offset(begun)..offset(at)]
             };
-            last = self.append(Batch { records, payload })?;
+            last = self.append(Batch {
+                records,
+                payload,
+                urgent: false,
+            })?;
         }
         Ok(last)
     }
@@ -199,10 +231,7 @@ impl Store {
     /// As [`Store::keep_attr`].
     pub fn record_birth(&self, ino: Ino, epoch: Epoch) -> Result<Lsn> {
         let _moving = self.moving.read();
-        self.append(Batch {
-            records: vec![Record::Birth { ino, epoch }],
-            payload: &[],
-        })
+        self.append(Batch::small(vec![Record::Birth { ino, epoch }]))
     }
 
     /// Notes that a file is retained. A later record of the same object replaces this one.
@@ -215,10 +244,7 @@ impl Store {
             gone: false,
             retained: retained.clone(),
         };
-        self.append(Batch {
-            records: vec![record],
-            payload: &[],
-        })
+        self.append(Batch::small(vec![record]))
     }
 
     /// Drops the record of a retained file that is gone from disk, or never got there.
@@ -234,9 +260,10 @@ impl Store {
             gone: true,
             retained,
         };
+        // Left behind, the record would be acted on.
         self.append(Batch {
-            records: vec![record],
-            payload: &[],
+            urgent: true,
+            ..Batch::small(vec![record])
         })
         .map(drop)
     }
@@ -275,6 +302,24 @@ impl Store {
         self.journal.wait_durable(lsn)
     }
 
+    /// Whether the record `lsn` is durable already.
+    #[must_use]
+    pub fn is_durable(&self, lsn: Lsn) -> bool {
+        self.journal.is_durable(lsn)
+    }
+
+    /// Whether every record is durable already whose append has returned.
+    #[must_use]
+    pub fn is_all_durable(&self) -> bool {
+        self.journal.is_all_durable()
+    }
+
+    /// Records appended since the store was opened.
+    #[must_use]
+    pub fn appended(&self) -> u64 {
+        self.journal.appended()
+    }
+
     /// Bytes of memory held by records that are not in the index yet: what [`Store::checkpoint`] frees.
     #[must_use]
     pub fn memtable_bytes(&self) -> usize {
@@ -282,13 +327,14 @@ impl Store {
     }
 
     /// What of the journal could not be read when the store was opened. Never served; but a pre-image may
-    /// be among it, so snapshots that existed then should be marked suspect.
+    /// be among it, so [`Store::begin_session`] marks the snapshots that exist suspect.
     #[must_use]
     pub fn damage(&self) -> Vec<String> {
         self.damage.lock().clone()
     }
 
-    /// Sizes and counts. Asks the disk for the size of each segment.
+    /// Sizes and counts; what a large index refers to only as far as the background job has counted it. Asks the disk
+    /// for the size of each segment.
     #[must_use]
     pub fn stats(&self) -> StoreStats {
         let known = self.journal.known.lock().clone();

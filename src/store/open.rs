@@ -1,27 +1,27 @@
 //! Opening: the directory, the index if it can be trusted, and what the journal has beyond it.
 
+use super::count::Uncounted;
 use super::identity::{identify, make_dir};
 use super::index::{Index, MemoryIndex, SledIndex};
 use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
 use super::key::{self, IndexState, Usage, segment_of};
 use super::layers::Layers;
-use super::media::{FileMedia, Media, MediaFile, name_of};
+use super::media::{FileMedia, Media, MediaFile, missing, name_of};
 use super::reclaim::Upkeep;
-use super::record::{Record, SEAL_LEN, Table};
+use super::record::{Record, SEAL_LEN};
 use super::replay::{SegmentLog, read_segment};
+use super::session::Session;
 use super::snapshots::Snapshots;
-use super::types::StoreOptions;
-use super::{Store, checkpoint};
+use super::table::{Change, Table};
+use super::types::{SnapshotState, StoreOptions};
+use super::{Opened, Store, checkpoint, room};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Epoch, Lsn};
-use crate::sync::{Arc, Mutex, RwLock};
+use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-/// An index that takes less than this on disk is read whole at every open, a larger one only if the store
-/// was not closed in order.
-const ALWAYS_CHECKED: u64 = 32 << 20;
 /// An index without records that takes more than this on disk is made anew.
 const HUSK: u64 = 16 << 20;
 /// Memory for replayed records before they go to the index.
@@ -65,11 +65,31 @@ impl Store {
     pub fn open_with(dir: &Path, options: StoreOptions, media: Arc<dyn Media>) -> Result<Self> {
         options.check()?;
         make_dir(dir)?;
+        let (lock, uuid) = identify(dir, !media.list()?.is_empty())?;
+        // The index may want room that only the reserve has; upkeep sets it aside again.
+        room::drop_reserve_in(dir);
+        Self::open_locked(dir, options, media, lock, uuid)
+    }
+
+    /// Opens the store `uuid` whose index is in `dir` and whose journal is `media`.
+    pub(super) fn open_locked(
+        dir: &Path,
+        options: StoreOptions,
+        media: Arc<dyn Media>,
+        lock: OwnedFd,
+        uuid: u128,
+    ) -> Result<Self> {
         let mut numbers = media.list()?;
         numbers.sort_unstable();
-        let (lock, uuid) = identify(dir, !numbers.is_empty())?;
+        let session = Session::read(media.as_ref(), uuid, options.boot)?;
+        let reading = Reading {
+            media: media.as_ref(),
+            uuid,
+            log_area: options.log_area,
+            verify: session.went_down,
+        };
         let mut found = find_index(dir, &options, uuid)?;
-        if found.is_husk() {
+        if found.husk {
             log::info!(
                 "{}: the index holds nothing any more and is made anew",
                 dir.display()
@@ -77,25 +97,11 @@ impl Store {
             drop(found);
             found = fresh_index(dir, &options)?;
         }
-        let mut recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, found.state)?;
+        let mut recovery = Recovery::read(&reading, &numbers, found.state)?;
         let missing =
             |(number, usage): &(&u32, &Usage)| usage.records > 0 && !numbers.contains(number);
-        if let Some((number, _)) = found.usage.iter().find(missing) {
-            let why = format!(
-                "{}: missing, though the index refers to it",
-                name_of(*number)
-            );
-            recovery.contradiction = Some(why);
-        }
-        if let Some(why) = recovery.contradiction.take() {
-            log::warn!(
-                "{}: {why}; the index is being rebuilt from the journal",
-                dir.display()
-            );
-            drop(found);
-            found = fresh_index(dir, &options)?;
-            recovery = Recovery::read(media.as_ref(), uuid, &options, &numbers, None)?;
-            recovery.damage.push(why);
+        for (number, _) in found.usage.iter().filter(missing) {
+            recovery.missing(*number);
         }
         recovery.finish(Parts {
             dir,
@@ -104,6 +110,7 @@ impl Store {
             uuid,
             lock,
             found,
+            session,
         })
     }
 }
@@ -112,21 +119,27 @@ impl Store {
 struct Found {
     index: Box<dyn Index>,
     state: Option<IndexState>,
-    /// What it refers to in each segment.
+    /// What it refers to in each segment, as far as it is counted.
     usage: BTreeMap<u32, Usage>,
+    uncounted: Uncounted,
+    /// It takes much space for nothing: sled gives little back.
+    husk: bool,
+    /// Why there is no state though there was an index.
+    distrust: Option<String>,
+    /// What it had noted of the segments, if it was closed in order.
+    noted: Option<BTreeMap<u32, Usage>>,
 }
 
 impl Found {
-    /// Whether the index takes much space for nothing: sled gives little back.
-    fn is_husk(&self) -> bool {
-        self.usage.values().all(|usage| usage.records == 0) && self.index.allocated() > HUSK
-    }
-
     fn empty(index: impl Index + 'static) -> Self {
         Self {
             index: Box::new(index),
             state: None,
             usage: BTreeMap::new(),
+            uncounted: Uncounted::NOTHING,
+            husk: false,
+            distrust: None,
+            noted: None,
         }
     }
 }
@@ -139,20 +152,26 @@ fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
     if !path.exists() {
         return fresh_index(dir, options);
     }
-    match trusted_index(&path, uuid) {
+    match trusted_index(&path, options, uuid) {
         Ok(found) => Ok(found),
+        // Nothing is wrong with the index, which may have what the journal has lost.
+        Err(error) if error.is_lack() => Err(error),
         Err(error) => {
             log::warn!(
                 "{}: {error}; it is being rebuilt from the journal",
                 path.display()
             );
-            fresh_index(dir, options)
+            let distrust = Some(error.to_string());
+            Ok(Found {
+                distrust,
+                ..fresh_index(dir, options)?
+            })
         }
     }
 }
 
 /// Opens the index; fails if there is any reason to doubt it.
-fn trusted_index(path: &Path, uuid: u128) -> Result<Found> {
+fn trusted_index(path: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
     if SledIndex::is_condemned(path) {
         return Err(Error::Corrupt("the index could not be read lately".into()));
     }
@@ -165,25 +184,46 @@ fn trusted_index(path: &Path, uuid: u128) -> Result<Found> {
         return Err(Error::Corrupt("the index belongs to another store".into()));
     }
     let noted = noted_usage(&index)?;
-    let usage = if !state.clean || index.allocated() < ALWAYS_CHECKED {
-        let used = |(number, u): (u32, Usage)| {
-            (
-                number,
-                Usage {
-                    used: u.used,
-                    ..Usage::default()
-                },
-            )
-        };
-        counted_usage(&index, noted.into_iter().map(used).collect())?
-    } else {
-        noted
+    let exact = state.clean.then(|| noted.clone());
+    let used = |(number, u): (u32, Usage)| {
+        (
+            number,
+            Usage {
+                used: u.used,
+                ..Usage::default()
+            },
+        )
     };
+    let (usage, uncounted) = if index.allocated() <= options.read_at_open {
+        let uncounted = noted.into_iter().map(used).collect();
+        (counted_usage(&index, uncounted)?, Uncounted::NOTHING)
+    } else if state.clean {
+        (noted, Uncounted::NOTHING)
+    } else {
+        (noted.into_iter().map(used).collect(), Uncounted::all())
+    };
+    let husk = is_husk(&index)?;
     Ok(Found {
         index: Box::new(index),
         state: Some(state),
+        husk,
         usage,
+        uncounted,
+        distrust: None,
+        noted: exact,
     })
+}
+
+/// Whether the index takes much space and refers to nothing.
+fn is_husk(index: &dyn Index) -> Result<bool> {
+    let mut husk = index.allocated() > HUSK;
+    if husk {
+        index.scan(&[], &[u8::MAX], &mut |key, value| {
+            husk = key::footprint(key, value).is_none();
+            Ok(husk)
+        })?;
+    }
+    Ok(husk)
 }
 
 /// What the index has noted of the segments.
@@ -224,8 +264,17 @@ fn fresh_index(dir: &Path, options: &StoreOptions) -> Result<Found> {
         }
         _ => {}
     }
-    SledIndex::pardon(&path);
+    SledIndex::pardon(&path)?;
     Ok(Found::empty(SledIndex::open(&path)?))
+}
+
+/// How the journal is read.
+struct Reading<'a> {
+    media: &'a dyn Media,
+    uuid: u128,
+    log_area: u64,
+    /// Payloads that were not synced may not have reached the disk: they are looked at.
+    verify: bool,
 }
 
 /// What the journal says.
@@ -239,8 +288,12 @@ struct Recovery {
     end: Lsn,
     highest: u32,
     damage: Vec<String>,
-    /// Why the index cannot belong to this journal.
-    contradiction: Option<String>,
+    /// Something of the journal is gone that the index cannot have.
+    lost: bool,
+    /// It was durable once.
+    rotten: bool,
+    /// The index refers to a segment that is gone: it is an old copy, or the segment is lost.
+    stale: bool,
 }
 
 /// What a store is made of, besides what the journal says.
@@ -251,17 +304,12 @@ struct Parts<'a> {
     uuid: u128,
     lock: OwnedFd,
     found: Found,
+    session: Session,
 }
 
 impl Recovery {
     /// Reads all segments that the index, if it has a `state`, does not have wholly.
-    fn read(
-        media: &dyn Media,
-        uuid: u128,
-        options: &StoreOptions,
-        numbers: &[u32],
-        state: Option<IndexState>,
-    ) -> Result<Self> {
+    fn read(reading: &Reading<'_>, numbers: &[u32], state: Option<IndexState>) -> Result<Self> {
         let checkpoint = state.map_or(Lsn(0), |state| state.checkpoint);
         let (first, offset) = split(checkpoint);
         let mut out = Self {
@@ -271,37 +319,81 @@ impl Recovery {
             end: checkpoint,
             highest: numbers.last().copied().unwrap_or(0).max(first),
             damage: Vec::new(),
-            contradiction: None,
+            lost: false,
+            rotten: false,
+            stale: false,
         };
+        let mut before = first;
         for number in numbers.iter().copied() {
             if number < first {
                 out.older.push(number);
                 continue;
             }
-            let Some(file) = media.open(number)? else {
+            if state.is_some() && number > before + 1 {
+                // Segments after the checkpoint go only after another one.
+                out.missing(before + 1);
+                out.lost = true;
+            }
+            before = number;
+            let Some(file) = reading.media.open(number)? else {
                 continue;
             };
             let durable = if number == first { offset } else { 0 };
-            let log = read_segment(file.as_ref(), number, uuid, durable, options.log_area)?;
+            let (uuid, log_area) = (reading.uuid, reading.log_area);
+            let mut log = read_segment(file.as_ref(), number, uuid, durable, log_area)?;
+            if reading.verify {
+                log.cut_at_bad_payload(file.as_ref(), durable)?;
+            }
             if number == first && log.end < offset {
-                out.contradiction = Some(format!(
-                    "{}: ends before what the index has of it",
-                    name_of(number)
-                ));
+                let what = "ends before what the index has of it";
+                out.damage.push(format!("{}: {what}", name_of(number)));
+                out.lost = true;
             }
             if !log.records.is_empty() {
                 out.end = out.end.max(lsn_at(number, log.end));
             }
-            out.damage.extend(log.damage.iter().cloned());
+            // A seal vouches for what is before it: this is no work of a power cut.
+            out.rotten |= log.damage.iter().any(|(at, _)| *at >= durable);
+            out.lost |= out.rotten;
+            out.damage
+                .extend(log.damage.iter().map(|(_, what)| what.clone()));
             out.logs.push((number, file, log));
         }
         if first > 0 && !out.logs.iter().any(|(number, _, _)| *number == first) {
-            out.contradiction = Some(format!(
-                "{}: missing, though the index has some of it",
-                name_of(first)
-            ));
+            out.missing(first);
+            out.lost = true;
         }
         Ok(out)
+    }
+
+    fn missing(&mut self, number: u32) {
+        let what = missing(number);
+        if !self.damage.contains(&what) {
+            self.damage.push(what);
+        }
+        self.stale = true;
+    }
+
+    /// What the snapshots are to be marked as for what is lost. Which of them a lost record served cannot be
+    /// told, so it is all that are not marked already.
+    fn doubt(&self, stayed_up: bool) -> Option<SnapshotState> {
+        match self.state {
+            _ if !self.lost => None,
+            // The whole journal was needed.
+            None => Some(SnapshotState::Invalid),
+            // The index has everything: it was written in order, and nothing came after it.
+            Some(state) if state.clean && !self.went_on(state.checkpoint) => None,
+            // No power cut has taken it.
+            Some(_) if stayed_up || self.rotten => Some(SnapshotState::Invalid),
+            // It may be what a power cut took, none of which was reported as durable.
+            Some(_) => Some(SnapshotState::Suspect),
+        }
+    }
+
+    /// Whether the journal has a value that came after `checkpoint`.
+    fn went_on(&self, checkpoint: Lsn) -> bool {
+        let mut records = self.logs.iter().flat_map(|(_, _, log)| &log.records);
+        records.any(|(lsn, record)| *lsn >= checkpoint && !key::pairs_of(record, *lsn).is_empty())
     }
 
     fn finish(mut self, parts: Parts<'_>) -> Result<Store> {
@@ -312,64 +404,94 @@ impl Recovery {
             uuid,
             lock,
             found,
+            session,
         } = parts;
-        self.close_segments(media.as_ref(), uuid)?;
+        self.close_segments(media.as_ref(), uuid, session.went_down)?;
+        let doubt = self.doubt(session.stayed_up());
         let (mut table, mut home, highest) = self.newest_table(found.index.as_ref())?;
         let abandoned = table.epoch < highest;
         if abandoned {
             // A cut was under way. Its number is spent: records bear it already.
             (table.epoch, table.version, home) = (highest, table.version + 1, None);
         }
+        let marked = doubt.is_some_and(|state| mark(&mut table, state));
+        if marked {
+            (table.version, home) = (table.version + 1, None);
+        }
         let preface = Record::Table(table.clone());
         let next = self.highest + 1;
+        let count_step = options.count_step;
         let journal = Journal::new(media, uuid, options, self.end, next, preface);
         let rebuilt = self.state.is_none() && !self.logs.is_empty();
         // What a cut that was given up has left is walked with the snapshots around it, if there are any.
-        let sweep = self.state.map_or(rebuilt, |state| state.sweep)
+        let sweep = self
+            .state
+            .map_or(rebuilt, |state| state.sweep || self.stale)
             || (abandoned && table.snapshots.is_empty());
         let store = Store {
             dir: dir.to_path_buf(),
             uuid,
-            upkeep: Mutex::new(Upkeep::new(sweep)),
+            count_step,
+            upkeep: Mutex::new(Upkeep::new(sweep, found.uncounted)),
             moving: RwLock::new(()),
             snapshots: Snapshots::new(table, home),
             journal,
             layers: Layers::new(found.index),
             damage: Mutex::new(Vec::new()),
+            reserved: AtomicBool::new(false),
+            opened: Opened {
+                distrust: found.distrust,
+                noted: Mutex::new(found.noted),
+                lost: self.lost && doubt.is_some(),
+            },
+            session,
             _lock: lock,
         };
         self.count(&store.journal, &found.usage);
-        self.redo(&store)?;
+        let mut upkeep = store.upkeep.lock();
+        self.redo(&store, &upkeep.uncounted)?;
         self.damage
             .iter()
             .for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
         *store.damage.lock() = self.damage;
         // From here on the index is not marked as closed in order, and a rebuilt one is finished.
-        store.checkpoint_in(&mut store.upkeep.lock(), false)?;
+        store.checkpoint_in(&mut upkeep, false)?;
+        drop(upkeep);
+        if marked {
+            // The index has the marks; the journal gets them too, or a later rebuild would forget them.
+            let rehomed = store.snapshots.rehome(&store.journal, u32::MAX);
+            rehomed.unwrap_or_else(|error| log::error!("{error}"));
+        }
         Ok(store)
     }
 
     /// Ends the segments that a crash left open: nothing is ever appended to them again, lest stale bytes
     /// beyond their end be taken for records.
-    fn close_segments(&mut self, media: &dyn Media, uuid: u128) -> Result<()> {
+    fn close_segments(&mut self, media: &dyn Media, uuid: u128, went_down: bool) -> Result<()> {
+        // An index that was closed in order knows of every segment.
+        let torn = went_down && self.state.is_none_or(|state| !state.clean);
         let mut blank = Vec::new();
         for (number, file, log) in &mut self.logs {
             if log.records.is_empty() {
-                if log.blank {
-                    // Made, but its header never reached the disk: so nothing durable was in it.
+                if log.blank || (torn && !log.foreign && log.damage.is_empty()) {
+                    // Made, but its header never reached the disk, or not whole: so nothing durable was in it.
                     media.remove(*number)?;
                     blank.push(*number);
                 } else {
-                    self.damage.push(format!(
-                        "{}: not a segment of this store, or wholly damaged",
-                        name_of(*number)
-                    ));
+                    let what = match log.foreign {
+                        true => "a segment of another store",
+                        false => "not a segment of this store, or wholly damaged",
+                    };
+                    self.damage.push(format!("{}: {what}", name_of(*number)));
+                    self.lost |= !log.foreign;
                 }
                 continue;
             }
             if log.sealed.is_none() && u64::from(log.end + SEAL_LEN) <= log.log_area {
                 let used =
                     u64::from(log.end + SEAL_LEN) + file.size()?.saturating_sub(log.log_area);
+                // A seal vouches for all before it, so that comes first.
+                file.sync()?;
                 write_seal(file.as_ref(), uuid, lsn_at(*number, log.end), used)?;
                 log.sealed = Some(used);
             }
@@ -380,6 +502,13 @@ impl Recovery {
             media.sync_names()?;
         }
         self.logs.retain(|(number, _, _)| !blank.contains(number));
+        if !blank.is_empty() {
+            // Their numbers are used again, lest the gap be taken for a loss.
+            let (first, _) = self.state.map_or((0, 0), |state| split(state.checkpoint));
+            let logs = self.logs.last().map_or(0, |(number, _, _)| *number);
+            let older = self.older.last().copied().unwrap_or(0);
+            self.highest = first.max(logs).max(older);
+        }
         Ok(())
     }
 
@@ -401,6 +530,19 @@ impl Recovery {
             {
                 (home, table) = (Some(segment_of(*lsn)), found.clone());
             }
+        }
+        let mut changes: Vec<&Change> = Vec::new();
+        for (_, record) in self.logs.iter().flat_map(|(_, _, log)| &log.records) {
+            match record {
+                Record::Change(change) if change.version > table.version => changes.push(change),
+                _ => {}
+            }
+        }
+        changes.sort_by_key(|change| change.version);
+        for change in changes {
+            // No segment has the table as it is now.
+            home = None;
+            table.apply(change);
         }
         Ok((table, home, highest))
     }
@@ -441,30 +583,56 @@ impl Recovery {
     }
 
     /// Puts what the index does not have into it.
-    fn redo(&mut self, store: &Store) -> Result<()> {
+    fn redo(&mut self, store: &Store, uncounted: &Uncounted) -> Result<()> {
         let checkpoint = self.state.map_or(Lsn(0), |state| state.checkpoint);
         for (number, _, log) in std::mem::take(&mut self.logs) {
             for (lsn, record) in log.records {
                 if number > segment_of(checkpoint) || offset_of(lsn) >= offset_of(checkpoint) {
-                    redo_record(store, &record, lsn)?;
+                    redo_record(store, uncounted, &record, lsn)?;
                 }
             }
             if store.layers.bytes() > REPLAY_BYTES {
-                flush(store)?;
+                flush(store, uncounted)?;
             }
         }
         Ok(())
     }
 }
 
-fn redo_record(store: &Store, record: &Record, lsn: Lsn) -> Result<()> {
+/// Marks the snapshots that are not marked as badly already; whether there were any.
+fn mark(table: &mut Table, state: SnapshotState) -> bool {
+    let worse = |now: SnapshotState| match now {
+        SnapshotState::Ready => true,
+        SnapshotState::Suspect => state == SnapshotState::Invalid,
+        SnapshotState::Deleting | SnapshotState::Invalid => false,
+    };
+    let mut marked = false;
+    let rows = Arc::make_mut(&mut table.snapshots).iter_mut();
+    for info in rows.filter(|s| worse(s.state)) {
+        Arc::make_mut(info).state = state;
+        marked = true;
+    }
+    marked
+}
+
+fn redo_record(store: &Store, uncounted: &Uncounted, record: &Record, lsn: Lsn) -> Result<()> {
     let pairs = key::pairs_of(record, lsn);
     for (key, value) in &pairs {
-        // The index may have it already; births and retained files are settled when they are carried.
-        if matches!(key.first(), Some(b'a' | b'd' | b'e'))
+        // The index may have it already. Births and retained files that it has otherwise are settled when these
+        // are carried; one that is the same would not be noticed then, and would count twice.
+        let replaceable = matches!(key.first(), Some(b'b' | b'r'));
+        if key.first() != Some(&b't')
             && let Some(old) = store.layers.index.get(key)?
+            && (!replaceable || old == *value)
         {
-            store.journal.uncount(key, &old);
+            // What is not counted yet would be, if it were there.
+            let counted = !uncounted.has(key);
+            if counted {
+                store.journal.uncount(key, &old);
+            }
+            if replaceable || !counted {
+                store.layers.index.remove(key)?;
+            }
         }
         store.journal.count(key, value);
     }
@@ -476,12 +644,13 @@ fn redo_record(store: &Store, record: &Record, lsn: Lsn) -> Result<()> {
 }
 
 /// Empties the memory of a long replay. The index does not count as having it before a checkpoint says so.
-fn flush(store: &Store) -> Result<()> {
+fn flush(store: &Store, uncounted: &Uncounted) -> Result<()> {
     store.layers.freeze(Lsn(0));
     if let Some(frozen) = store.layers.frozen() {
         checkpoint::carry(
             store.layers.index.as_ref(),
             &store.journal,
+            uncounted,
             frozen.map.iter(),
         )?;
     }

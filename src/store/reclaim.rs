@@ -6,12 +6,15 @@
 //! deleted, until the index has lost all that died, durably.
 
 use super::Store;
+use super::checkpoint::INDEX_ROOM;
+use super::count::Uncounted;
 use super::key::{self, Aspect, IndexState, Piece, Touch};
 use super::lookup::{label_at_end, piece_range, runs};
 use super::snapshots::Published;
-use super::types::Retained;
+use super::types::{Retained, SnapshotInfo};
 use crate::error::Result;
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
+use std::collections::BTreeSet;
 
 /// Touched aspects, births or retained files looked at in one step.
 const STEP: usize = 512;
@@ -28,18 +31,24 @@ pub(super) struct Upkeep {
     job: Option<Job>,
     /// The index was rebuilt, which may have brought dead records back: look at all labels.
     pub(super) sweep: bool,
+    /// What of the index is not counted yet.
+    pub(super) uncounted: Uncounted,
     /// Segments may have become empty or nearly so.
     pub(super) segments_due: bool,
+    /// Invalid snapshots whose space has been freed by this process; a second walk would find nothing.
+    emptied: BTreeSet<Epoch>,
     /// What the index says of itself, and the version of its table.
     pub(super) written: Option<(IndexState, u64)>,
 }
 
 impl Upkeep {
-    pub(super) fn new(sweep: bool) -> Self {
+    pub(super) fn new(sweep: bool, uncounted: Uncounted) -> Self {
         Self {
             job: None,
             sweep,
+            uncounted,
             segments_due: true,
+            emptied: BTreeSet::new(),
             written: None,
         }
     }
@@ -97,6 +106,14 @@ impl Store {
     /// Those of the journal, of the index, and of `release`; the next call takes up where this one failed.
     pub fn reclaim(&self, release: &dyn Fn(&Retained) -> Result<()>) -> Result<bool> {
         let mut upkeep = self.upkeep.lock();
+        if !upkeep.uncounted.is_nothing() {
+            self.count_step(&mut upkeep)?;
+            return Ok(true);
+        }
+        if upkeep.job.is_some() || upkeep.segments_due {
+            self.layers.index.ensure_room(INDEX_ROOM)?;
+        }
+        *self.opened.noted.lock() = None;
         if upkeep.job.is_none() {
             let Some(job) = self.next_job(&upkeep) else {
                 return self.segment_step(&mut upkeep);
@@ -120,10 +137,11 @@ impl Store {
         let (from, to) = if upkeep.sweep {
             (Epoch(0), table.epoch)
         } else {
-            let k = table.deleting().next()?;
-            let next = table.existing().find(|n| *n > k);
+            let due = |s: &&SnapshotInfo| !upkeep.emptied.contains(&s.epoch);
+            let k = table.given_up().find(due)?.epoch;
+            let next = table.kept().find(|n| *n > k);
             // What is labelled below the oldest snapshot is of cuts that were given up.
-            let oldest = table.existing().next().is_none_or(|oldest| oldest > k);
+            let oldest = table.kept().next().is_none_or(|oldest| oldest > k);
             (
                 if oldest { Epoch(0) } else { k },
                 next.map_or(table.epoch, |n| Epoch(n.0 - 1)),
@@ -131,7 +149,8 @@ impl Store {
         };
         let (births, sweep) = (from == Epoch(0), upkeep.sweep);
         let done = table
-            .deleting()
+            .given_up()
+            .map(|s| s.epoch)
             .filter(|k| (from..=to).contains(k))
             .collect();
         let cursor = key::touched(from, to).0;
@@ -180,6 +199,7 @@ impl Store {
             if !job.done.is_empty() {
                 self.snapshots.drop_deleted(&self.journal, &job.done)?;
             }
+            upkeep.emptied.extend(&job.done);
             // A sweep counts as done once a checkpoint has said so.
             upkeep.sweep &= !job.sweep;
             upkeep.segments_due = true;
@@ -376,20 +396,54 @@ impl Store {
 
     /// Gives some of the dead payload back to the disk; whether there is more.
     fn step_punch(&self, job: &mut Job, count: usize) -> Result<bool> {
-        for (segment, offset, len) in job.punch.drain(job.punch.len().saturating_sub(count)..) {
+        // In a segment that is not sealed, a payload that is not what was written counts as one that never
+        // reached the disk, and what follows it is not looked at (replay.rs).
+        let tail = self.journal.tail().map(|(number, _)| number);
+        let in_tail = |range: &Range| Some(range.0) == tail;
+        if job.punch.iter().any(in_tail)
+            && let Err(error) = self.journal.rotate()
+        {
+            // On a full disk what lies in other segments makes the room for the next one.
+            let (stay, go) = std::mem::take(&mut job.punch)
+                .into_iter()
+                .partition(in_tail);
+            job.punch = stay;
+            self.punch(go)?;
+            return Err(error);
+        }
+        if job
+            .punch
+            .iter()
+            .any(|(segment, _, _)| !self.is_closed(*segment))
+        {
+            self.journal.sync()?;
+        }
+        let some = job.punch.len().saturating_sub(count);
+        self.punch(job.punch.split_off(some))?;
+        self.journal.prepare_early()?;
+        Ok(!job.punch.is_empty())
+    }
+
+    fn punch(&self, ranges: Vec<Range>) -> Result<()> {
+        for (segment, offset, len) in ranges {
             // A segment without records goes as a whole.
             let stays = self
                 .journal
                 .known
                 .lock()
                 .get(&segment)
-                .is_some_and(|known| known.usage.records > 0);
+                .is_some_and(|known| known.usage.records > 0 && known.closed);
             // Nobody can need these blocks, whatever the index says after a crash: they are dead for good.
             if stays && let Some(file) = self.journal.file(segment)? {
                 file.punch(offset, len)?;
             }
         }
-        Ok(!job.punch.is_empty())
+        Ok(())
+    }
+
+    fn is_closed(&self, segment: u32) -> bool {
+        let known = self.journal.known.lock();
+        known.get(&segment).is_none_or(|known| known.closed)
     }
 }
 
@@ -426,6 +480,6 @@ impl Step {
 }
 
 /// The first key after `key`.
-fn after(key: &[u8]) -> Vec<u8> {
+pub(super) fn after(key: &[u8]) -> Vec<u8> {
     [key, &[0]].concat()
 }

@@ -1,27 +1,22 @@
-//! Journal records to bytes and back, and their checksum. Pure: no I/O (docs/FORMAT.md has the tables).
+//! The bodies of journal records to bytes and back. Pure: no I/O (docs/FORMAT.md has the tables).
 
 use super::codec::{Reader, Writer};
-use super::types::{
-    AttrImage, EntryImage, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Timestamp,
-};
+use super::frame::FRAME;
+use super::table::{Change, Edit, Table, get_change, get_table, put_change, put_table};
+use super::types::{AttrImage, EntryImage, ObjectHandle, Retained, Timestamp};
 use crate::error::{Error, Result};
-use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino, Lsn};
+use crate::ids::{CHUNK_BLOCKS, Epoch, Ino};
 use rustix::io::Errno;
 
 /// The version of the journal that this release writes, and the only one that it reads.
 pub(super) const VERSION: u32 = 1;
 /// First bytes of the first record of a segment.
 const MAGIC: [u8; 8] = *b"cowfsseg";
-/// Bytes before the body of a record.
-pub(super) const FRAME: usize = 24;
-/// A longer body goes to the payload area, and the record says where.
-pub(super) const MAX_INLINE: usize = 4096;
 /// Bytes that a segment keeps free in its log for the seal.
 pub(super) const SEAL_LEN: u32 = 32;
-const SPILLED: u8 = 1;
 
 /// Longest name of an entry, an attribute or a snapshot.
-const MAX_NAME: usize = 255;
+pub(super) const MAX_NAME: usize = 255;
 /// Longest object handle (`MAX_HANDLE_SZ`).
 const MAX_HANDLE: usize = 128;
 /// Longest value of an extended attribute; Linux allows 64 KiB.
@@ -37,6 +32,8 @@ pub(super) enum Record {
         log_area: u64,
     },
     Table(Table),
+    /// What has changed in the table since the version before.
+    Change(Change),
     Attr {
         ino: Ino,
         label: Epoch,
@@ -82,26 +79,6 @@ pub(super) struct Place {
     pub(super) crcs: Vec<u32>,
 }
 
-/// The snapshot table. Of several, the one with the highest version holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Table {
-    pub(super) version: u64,
-    /// At least the number of cuts, and at least every label used so far.
-    pub(super) epoch: Epoch,
-    /// Ascending by epoch.
-    pub(super) snapshots: Vec<SnapshotInfo>,
-}
-
-impl Default for Table {
-    fn default() -> Self {
-        Self {
-            version: 0,
-            epoch: Epoch(0),
-            snapshots: Vec::new(),
-        }
-    }
-}
-
 impl Record {
     pub(super) fn kind(&self) -> u8 {
         match self {
@@ -113,6 +90,7 @@ impl Record {
             Self::Birth { .. } => 6,
             Self::Retained { .. } => 7,
             Self::Seal { .. } => 8,
+            Self::Change(_) => 9,
         }
     }
 
@@ -120,6 +98,7 @@ impl Record {
     pub(super) fn highest_epoch(&self) -> Epoch {
         match self {
             Self::Table(table) => table.epoch,
+            Self::Change(change) => change.epoch,
             Self::Attr { label, .. } | Self::Entry { label, .. } => *label,
             Self::Extent(extent) => extent.label,
             Self::Birth { epoch, .. } => *epoch,
@@ -143,6 +122,7 @@ impl Record {
                 w.raw(&uuid.to_le_bytes());
             }
             Self::Table(table) => put_table(&mut w, table),
+            Self::Change(change) => put_change(&mut w, change),
             Self::Attr { ino, label, image } => {
                 w.u64(ino.0);
                 w.u64(label.0);
@@ -209,6 +189,7 @@ impl Record {
                 }
             }
             8 => Self::Seal { used: r.u64()? },
+            9 => Self::Change(get_change(&mut r)?),
             _ => return Err(Error::Corrupt(format!("record of unknown type {kind}"))),
         };
         r.end()?;
@@ -238,6 +219,10 @@ impl Record {
                         .is_none_or(|(_, h, n)| handle(h) && name(n))
             }
             Self::Table(table) => table.snapshots.iter().all(|s| s.name.len() <= MAX_NAME),
+            Self::Change(change) => change.edits.iter().all(|(epoch, edit)| match edit {
+                Edit::Set(info) => info.epoch == *epoch && info.name.len() <= MAX_NAME,
+                Edit::State(_) | Edit::Drop => true,
+            }),
             Self::Extent(extent) => extent.is_sound(),
             Self::Segment { .. } | Self::Birth { .. } | Self::Seal { .. } => true,
         };
@@ -268,12 +253,12 @@ impl Extent {
     }
 }
 
-fn put_time(w: &mut Writer, time: Timestamp) {
+pub(super) fn put_time(w: &mut Writer, time: Timestamp) {
     w.u64(time.sec as u64);
     w.u32(time.nsec);
 }
 
-fn get_time(r: &mut Reader<'_>) -> Result<Timestamp> {
+pub(super) fn get_time(r: &mut Reader<'_>) -> Result<Timestamp> {
     Ok(Timestamp {
         sec: r.u64()? as i64,
         nsec: r.u32()?,
@@ -288,7 +273,7 @@ fn put_handle(w: &mut Writer, handle: &ObjectHandle) {
 fn get_handle(r: &mut Reader<'_>) -> Result<ObjectHandle> {
     Ok(ObjectHandle {
         kind: r.u32()? as i32,
-        bytes: r.bytes(MAX_HANDLE)?.to_vec(),
+        bytes: r.bytes(MAX_HANDLE)?.into(),
     })
 }
 
@@ -435,56 +420,6 @@ pub(super) fn get_place(r: &mut Reader<'_>, blocks: u16) -> Result<Place> {
     Ok(Place { block, crcs })
 }
 
-pub(super) fn put_table(w: &mut Writer, table: &Table) {
-    w.u64(table.version);
-    w.u64(table.epoch.0);
-    w.count(table.snapshots.len());
-    for info in &table.snapshots {
-        w.u64(info.epoch.0);
-        w.bytes(&info.name);
-        put_time(w, info.created);
-        w.u8(u8::from(info.held));
-        w.u8(match info.state {
-            SnapshotState::Ready => 0,
-            SnapshotState::Deleting => 1,
-            SnapshotState::Suspect => 2,
-            SnapshotState::Invalid => 3,
-        });
-    }
-}
-
-pub(super) fn get_table(r: &mut Reader<'_>) -> Result<Table> {
-    let (version, epoch) = (r.u64()?, Epoch(r.u64()?));
-    let count = r.count(26)?;
-    let mut snapshots: Vec<SnapshotInfo> = Vec::with_capacity(count.min(1024));
-    for _ in 0..count {
-        let (epoch, name) = (Epoch(r.u64()?), r.bytes(MAX_NAME)?.to_vec());
-        let (created, held) = (get_time(r)?, r.u8()? != 0);
-        let state = match r.u8()? {
-            0 => SnapshotState::Ready,
-            1 => SnapshotState::Deleting,
-            2 => SnapshotState::Suspect,
-            3 => SnapshotState::Invalid,
-            other => return Err(Error::Corrupt(format!("snapshot state {other}"))),
-        };
-        if snapshots.last().is_some_and(|last| last.epoch >= epoch) {
-            return Err(Error::Corrupt("snapshot table out of order".into()));
-        }
-        snapshots.push(SnapshotInfo {
-            epoch,
-            name,
-            created,
-            held,
-            state,
-        });
-    }
-    Ok(Table {
-        version,
-        epoch,
-        snapshots,
-    })
-}
-
 fn get_segment(r: &mut Reader<'_>) -> Result<Record> {
     if r.raw(8)? != MAGIC {
         return Err(Error::Corrupt("not a segment of a cowfs journal".into()));
@@ -503,102 +438,11 @@ fn get_segment(r: &mut Reader<'_>) -> Result<Record> {
     })
 }
 
-/// What the log has of a record: its body, or where the body is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Body {
-    Inline(Vec<u8>),
-    /// In the payload area: byte offset in the segment, length, checksum.
-    Spilled {
-        offset: u64,
-        len: u32,
-        crc: u32,
-    },
-}
-
-/// Bytes that a record with a body of `len` bytes takes in the log.
-pub(super) fn frame_len(len: usize) -> usize {
-    let inline = if len > MAX_INLINE { 16 } else { len };
-    (FRAME + inline).next_multiple_of(8)
-}
-
-/// Bytes that the record takes in the payload area for its body.
-pub(super) fn spill_len(len: usize) -> usize {
-    if len > MAX_INLINE {
-        len.next_multiple_of(BLOCK)
-    } else {
-        0
+/// The uuid in what may be the header of a segment.
+pub(super) fn segment_uuid(log: &[u8]) -> Option<u128> {
+    let mut r = Reader(log.get(FRAME..)?);
+    match get_segment(&mut r) {
+        Ok(Record::Segment { uuid, .. }) => Some(uuid),
+        _ => None,
     }
-}
-
-/// Appends the record's bytes in the log to `out`.
-pub(super) fn put_frame(out: &mut Vec<u8>, uuid: u128, kind: u8, body: &Body, lsn: Lsn) {
-    let start = out.len();
-    let mut spilled = Writer::default();
-    let (flags, body) = match body {
-        Body::Inline(bytes) => (0, bytes.as_slice()),
-        Body::Spilled { offset, len, crc } => {
-            spilled.u64(*offset);
-            spilled.u32(*len);
-            spilled.u32(*crc);
-            (SPILLED, spilled.0.as_slice())
-        }
-    };
-    let mut w = Writer(std::mem::take(out));
-    w.u32(0);
-    w.count(frame_len(body.len()));
-    w.u8(kind);
-    w.u8(flags);
-    w.u16(0);
-    w.count(body.len());
-    w.u64(lsn.0);
-    w.raw(body);
-    *out = w.0;
-    out.resize(start + frame_len(body.len()), 0);
-    let crc = checksum(uuid, &out[start + 4..]);
-    out[start..start + 4].copy_from_slice(&crc.to_le_bytes());
-}
-
-/// A record as it stands in the log.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Frame {
-    pub(super) kind: u8,
-    pub(super) body: Body,
-    /// Bytes in the log.
-    pub(super) len: usize,
-}
-
-/// Reads the record that begins at the start of `bytes` and is to have the number `lsn`. `None` if there is
-/// no such record: zeros, torn, stale, or damaged.
-pub(super) fn get_frame(bytes: &[u8], uuid: u128, lsn: Lsn) -> Option<Frame> {
-    let mut r = Reader(bytes);
-    let (crc, len) = (r.u32().ok()?, r.u32().ok()? as usize);
-    let (kind, flags) = (r.u8().ok()?, r.u8().ok()?);
-    let (_, body_len, number) = (r.u16().ok()?, r.u32().ok()? as usize, r.u64().ok()?);
-    if number != lsn.0 || body_len > MAX_INLINE || len != frame_len(body_len) || len > bytes.len() {
-        return None;
-    }
-    if checksum(uuid, &bytes[4..len]) != crc {
-        return None;
-    }
-    let mut body = Reader(r.raw(body_len).ok()?);
-    let body = if flags & SPILLED == 0 {
-        Body::Inline(body.0.to_vec())
-    } else {
-        Body::Spilled {
-            offset: body.u64().ok()?,
-            len: body.u32().ok()?,
-            crc: body.u32().ok()?,
-        }
-    };
-    Some(Frame { kind, body, len })
-}
-
-/// The checksum of a record: CRC-32C, begun with the store's uuid so that no bytes from elsewhere pass.
-pub(super) fn checksum(uuid: u128, bytes: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&uuid.to_le_bytes()), bytes)
-}
-
-/// A checksum for each block of `bytes`.
-pub(super) fn block_checksums(bytes: &[u8]) -> Vec<u32> {
-    bytes.chunks(BLOCK).map(crc32c::crc32c).collect()
 }

@@ -1,13 +1,18 @@
-//! The snapshot table: small, in memory, written whole to the journal at every change.
+//! The snapshot table: in memory, and in the journal as a whole at the start of each segment, and change by change.
 
 use super::Store;
 use super::journal::{Batch, Journal};
 use super::key::segment_of;
-use super::record::{Record, Table};
+use super::record::Record;
+use super::table::{Change, Edit, Rows, Table};
 use super::types::{SnapshotInfo, SnapshotState};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, RwLock};
+use std::collections::BTreeSet;
+
+/// Snapshots given up in one record, so that it fits into the log.
+const MARKS_AT_ONCE: usize = 256;
 
 /// The table as it was at one moment.
 #[derive(Debug, Clone)]
@@ -15,7 +20,7 @@ pub(super) struct Published {
     /// The number of cuts that the store knows of.
     pub(super) epoch: Epoch,
     /// Ascending.
-    pub(super) all: Arc<Vec<SnapshotInfo>>,
+    pub(super) all: Rows,
 }
 
 impl Published {
@@ -23,25 +28,18 @@ impl Published {
     /// again. A label beyond the last known cut belongs to one that is under way.
     pub(super) fn is_dead(&self, lower: Epoch, label: Epoch) -> bool {
         let from = self.all.partition_point(|s| s.epoch <= lower);
-        let within = self.all[from..].iter().take_while(|s| s.epoch <= label);
-        label <= self.epoch
-            && within
-                .into_iter()
-                .all(|s| s.state == SnapshotState::Deleting)
+        let mut within = self.all[from..].iter().take_while(|s| s.epoch <= label);
+        label <= self.epoch && !within.any(|s| s.state.keeps())
     }
 
-    pub(super) fn existing(&self) -> impl DoubleEndedIterator<Item = Epoch> {
-        self.all
-            .iter()
-            .filter(|s| s.state != SnapshotState::Deleting)
-            .map(|s| s.epoch)
+    /// The snapshots that something is kept for.
+    pub(super) fn kept(&self) -> impl DoubleEndedIterator<Item = Epoch> {
+        self.all.iter().filter(|s| s.state.keeps()).map(|s| s.epoch)
     }
 
-    pub(super) fn deleting(&self) -> impl Iterator<Item = Epoch> {
-        self.all
-            .iter()
-            .filter(|s| s.state == SnapshotState::Deleting)
-            .map(|s| s.epoch)
+    /// The others: deleted or invalid.
+    pub(super) fn given_up(&self) -> impl Iterator<Item = &SnapshotInfo> {
+        self.all.iter().map(|s| &**s).filter(|s| !s.state.keeps())
     }
 }
 
@@ -49,8 +47,10 @@ impl Published {
 #[derive(Debug)]
 pub(super) struct Current {
     pub(super) table: Table,
-    /// The segment with the newest copy of the table; `None` if no segment has it.
-    pub(super) home: Option<u32>,
+    /// The segment with the newest copy of the whole table; `None` if no segment has it.
+    home: Option<u32>,
+    /// The segments with the changes since that copy.
+    changed_in: BTreeSet<u32>,
 }
 
 /// The table, and what is read from it all the time.
@@ -68,13 +68,17 @@ impl Snapshots {
     pub(super) fn new(table: Table, home: Option<u32>) -> Self {
         let published = Published {
             epoch: table.epoch,
-            all: Arc::new(table.snapshots.clone()),
+            all: table.snapshots.clone(),
         };
         let snapshots = Self {
             newest: AtomicU64::new(0),
             highest: AtomicU64::new(table.epoch.0),
             published: RwLock::new(published.clone()),
-            current: Mutex::new(Current { table, home }),
+            current: Mutex::new(Current {
+                table,
+                home,
+                changed_in: BTreeSet::new(),
+            }),
         };
         snapshots.publish(published);
         snapshots
@@ -95,73 +99,109 @@ impl Snapshots {
     }
 
     fn publish(&self, published: Published) {
-        let keeps =
-            |s: &&SnapshotInfo| matches!(s.state, SnapshotState::Ready | SnapshotState::Suspect);
-        let newest = published
-            .all
-            .iter()
-            .rev()
-            .find(keeps)
-            .map_or(0, |s| s.epoch.0);
+        let newest = published.kept().next_back().map_or(0, |epoch| epoch.0);
         self.newest.store(newest, Ordering::SeqCst);
         *self.published.write() = published;
     }
 
-    /// The table and where its newest copy is, for the index.
+    /// The table, and the segment that has the whole of it, for the index.
     pub(super) fn for_index(&self) -> (Table, Option<u32>) {
         let current = self.current.lock();
-        (current.table.clone(), current.home)
+        let home = current.home.filter(|_| current.changed_in.is_empty());
+        (current.table.clone(), home)
     }
 
-    /// Changes the table: first in the journal, then in memory.
+    /// Changes the table: first in the journal, then in memory. `edit` says what changes; urgent changes find
+    /// room on a full disk.
     fn change(
         &self,
         journal: &Journal,
-        change: impl FnOnce(&mut Vec<SnapshotInfo>),
+        urgent: bool,
+        edit: impl FnOnce(&Table) -> Vec<(Epoch, Edit)>,
     ) -> Result<Lsn> {
         let mut current = self.current.lock();
-        let mut table = current.table.clone();
-        change(&mut table.snapshots);
-        table.version += 1;
-        let last = table.snapshots.last().map_or(Epoch(0), |s| s.epoch);
-        let epoch = self.published.read().epoch.max(last);
+        let edits = edit(&current.table);
+        let last = edits.iter().map(|(epoch, _)| *epoch).max();
+        let epoch = self.published.read().epoch.max(last.unwrap_or(Epoch(0)));
         self.saw(epoch);
-        table.epoch = self.highest();
-        let record = Record::Table(table.clone());
-        let lsn = journal.append(
-            Batch {
-                records: vec![record.clone()],
-                payload: &[],
-            },
-            |_| {},
-        )?;
-        journal.set_preface(record);
+        let change = Change {
+            version: current.table.version + 1,
+            epoch: self.highest(),
+            edits,
+        };
+        let batch = Batch {
+            urgent,
+            ..Batch::small(vec![Record::Change(change.clone())])
+        };
+        let lsn = journal.append(batch, |_| {})?;
+        current.table.apply(&change);
+        current.changed_in.insert(segment_of(lsn));
+        journal.set_preface(Record::Table(current.table.clone()));
         self.publish(Published {
             epoch,
-            all: Arc::new(table.snapshots.clone()),
+            all: current.table.snapshots.clone(),
         });
-        *current = Current {
-            table,
-            home: Some(segment_of(lsn)),
-        };
         Ok(lsn)
     }
 
     /// Sees to it that a segment other than `leaving` has the table, durably.
     pub(super) fn rehome(&self, journal: &Journal, leaving: u32) -> Result<()> {
-        let stays = |home: Option<u32>| home.is_some_and(|home| home != leaving);
-        if stays(self.current.lock().home) {
+        let mut current = self.current.lock();
+        let stays = current.home.is_some_and(|home| home != leaving);
+        if stays && !current.changed_in.contains(&leaving) {
             return Ok(());
         }
-        let lsn = self.change(journal, |_| {})?;
+        let table = Table {
+            version: current.table.version + 1,
+            epoch: self.highest(),
+            snapshots: current.table.snapshots.clone(),
+        };
+        // It is how space is made.
+        let batch = Batch {
+            urgent: true,
+            ..Batch::small(vec![Record::Table(table.clone())])
+        };
+        let lsn = journal.append(batch, |_| {})?;
+        journal.set_preface(Record::Table(table.clone()));
+        *current = Current {
+            table,
+            home: Some(segment_of(lsn)),
+            changed_in: BTreeSet::new(),
+        };
+        drop(current);
         journal.wait_durable(lsn)
+    }
+
+    /// Gives the snapshots that are `due` another state; returns them.
+    pub(super) fn mark(
+        &self,
+        journal: &Journal,
+        due: impl Fn(&SnapshotInfo) -> bool,
+        state: SnapshotState,
+    ) -> Result<Vec<SnapshotInfo>> {
+        let mut marked = Vec::new();
+        self.change(journal, false, |table| {
+            let due = table.snapshots.iter().map(|s| &**s).filter(|s| due(s));
+            marked = due.cloned().collect();
+            marked.iter_mut().for_each(|info| info.state = state);
+            let edits = marked.iter().map(|info| (info.epoch, Edit::State(state)));
+            edits.collect()
+        })?;
+        Ok(marked)
     }
 
     /// Takes snapshots whose space has been freed out of the table.
     pub(super) fn drop_deleted(&self, journal: &Journal, done: &[Epoch]) -> Result<()> {
         let gone = |s: &SnapshotInfo| s.state == SnapshotState::Deleting && done.contains(&s.epoch);
-        self.change(journal, |all| all.retain(|s| !gone(s)))
-            .map(drop)
+        // An invalid one stays.
+        if !self.published().all.iter().any(|s| gone(s)) {
+            return Ok(());
+        }
+        let drops = |table: &Table| {
+            let gone = table.snapshots.iter().filter(|s| gone(s));
+            gone.map(|s| (s.epoch, Edit::Drop)).collect()
+        };
+        self.change(journal, true, drops).map(drop)
     }
 }
 
@@ -174,7 +214,7 @@ impl Store {
 
     /// All snapshots, those being deleted among them, in order of their cuts.
     #[must_use]
-    pub fn snapshots(&self) -> Arc<Vec<SnapshotInfo>> {
+    pub fn snapshots(&self) -> Arc<Vec<Arc<SnapshotInfo>>> {
         self.snapshots.published.read().all.clone()
     }
 
@@ -198,12 +238,44 @@ impl Store {
                 String::from_utf8_lossy(&info.name).into_owned(),
             ));
         }
-        self.snapshots.change(&self.journal, |all| {
-            match all.binary_search_by_key(&info.epoch, |s| s.epoch) {
-                Ok(at) => all[at] = info.clone(),
-                Err(at) => all.insert(at, info.clone()),
-            }
+        let set = |_: &Table| vec![(info.epoch, Edit::Set(info.clone()))];
+        self.snapshots.change(&self.journal, false, set)
+    }
+
+    /// Changes the row of snapshot `k` by `change`, which keeps its number; everything else of the row that another
+    /// thread changes meanwhile stays changed.
+    ///
+    /// # Errors
+    /// As [`Store::record_snapshot`]. It is no error if there is no such snapshot.
+    pub fn update_snapshot(&self, k: Epoch, change: impl Fn(&mut SnapshotInfo)) -> Result<Lsn> {
+        self.snapshots.change(&self.journal, false, |table| {
+            let row = table.snapshots.iter().find(|s| s.epoch == k);
+            let edit = row.map(|row| {
+                let mut info = SnapshotInfo::clone(row);
+                change(&mut info);
+                info.epoch = k;
+                (k, Edit::Set(info))
+            });
+            edit.into_iter().collect()
         })
+    }
+
+    /// Gives snapshots up, durably: they become deleted or invalid, and nothing is to be kept for them any more.
+    /// It finds room on a full disk, unless the log is full as well.
+    ///
+    /// # Errors
+    /// As [`Store::keep_attr`]; then some leading part may be marked.
+    pub fn give_up(&self, marks: &[(Epoch, SnapshotState)]) -> Result<()> {
+        for some in marks.chunks(MARKS_AT_ONCE) {
+            let edits = some
+                .iter()
+                .map(|(epoch, state)| (*epoch, Edit::State(*state)));
+            let lsn = self
+                .snapshots
+                .change(&self.journal, true, |_| edits.collect())?;
+            self.journal.wait_durable(lsn)?;
+        }
+        Ok(())
     }
 
     /// Marks snapshot `k` as being deleted, durably: it is no longer to be shown, and [`Store::reclaim`]
@@ -215,11 +287,8 @@ impl Store {
         if !self.snapshots().iter().any(|s| s.epoch == k) {
             return Err(Error::SnapshotMissing(format!("number {k}")));
         }
-        let lsn = self.snapshots.change(&self.journal, |all| {
-            all.iter_mut()
-                .filter(|s| s.epoch == k)
-                .for_each(|s| s.state = SnapshotState::Deleting);
-        })?;
+        let mark = |_: &Table| vec![(k, Edit::State(SnapshotState::Deleting))];
+        let lsn = self.snapshots.change(&self.journal, true, mark)?;
         self.journal.wait_durable(lsn)?;
         Ok(lsn)
     }

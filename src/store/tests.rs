@@ -1,10 +1,12 @@
 //! Codec round trips, hostile bytes, and the memtable's merging.
 
+use super::frame::{self, Body};
 use super::index::MemoryIndex;
 use super::journal::lsn_at;
 use super::key::{self, Aspect, Piece, Touch};
 use super::layers::Layers;
-use super::record::{self, Body, Extent, Place, Record, Table};
+use super::record::{Extent, Place, Record};
+use super::table::{Change, Edit, Table};
 use super::types::{
     AttrImage, EntryImage, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Timestamp,
 };
@@ -17,7 +19,7 @@ const UUID: u128 = 0x1234_5678_9abc_def0;
 fn handle(len: usize) -> ObjectHandle {
     ObjectHandle {
         kind: -3,
-        bytes: vec![9; len],
+        bytes: vec![9; len].into(),
     }
 }
 
@@ -72,8 +74,14 @@ fn records() -> Vec<Record> {
     let snapshots = states
         .into_iter()
         .zip(1..)
-        .map(|(state, epoch)| info(epoch, state))
-        .collect();
+        .map(|(state, epoch)| crate::sync::Arc::new(info(epoch, state)))
+        .collect::<Vec<_>>()
+        .into();
+    let edits = vec![
+        (Epoch(1), Edit::Drop),
+        (Epoch(2), Edit::Set(info(2, SnapshotState::Suspect))),
+        (Epoch(3), Edit::State(SnapshotState::Invalid)),
+    ];
     let (ino, dir, label) = (Ino(5), Ino(6), Epoch(4));
     vec![
         Record::Segment {
@@ -85,6 +93,11 @@ fn records() -> Vec<Record> {
             version: 8,
             epoch: Epoch(12),
             snapshots,
+        }),
+        Record::Change(Change {
+            version: 9,
+            epoch: Epoch(13),
+            edits,
         }),
         Record::Attr { ino, label, image },
         Record::Attr {
@@ -134,17 +147,17 @@ fn records_come_back_as_they_were() {
         assert_eq!(Record::decode(record.kind(), &body).unwrap(), record);
         let lsn = lsn_at(9, 64);
         let mut bytes = vec![0xee; 3];
-        let inline = Body::Inline(body[..body.len().min(record::MAX_INLINE)].to_vec());
-        record::put_frame(&mut bytes, UUID, record.kind(), &inline, lsn);
-        let frame = record::get_frame(&bytes[3..], UUID, lsn).unwrap();
+        let inline = Body::Inline(body[..body.len().min(frame::MAX_INLINE)].to_vec());
+        frame::put_frame(&mut bytes, UUID, record.kind(), &inline, lsn);
+        let frame = frame::get_frame(&bytes[3..], UUID, lsn).unwrap();
         assert_eq!(
             (frame.kind, frame.body, frame.len),
             (record.kind(), inline, bytes.len() - 3)
         );
         assert_eq!(frame.len % 8, 0);
         // Neither another store's, nor of another place.
-        assert_eq!(record::get_frame(&bytes[3..], UUID + 1, lsn), None);
-        assert_eq!(record::get_frame(&bytes[3..], UUID, lsn_at(9, 72)), None);
+        assert_eq!(frame::get_frame(&bytes[3..], UUID + 1, lsn), None);
+        assert_eq!(frame::get_frame(&bytes[3..], UUID, lsn_at(9, 72)), None);
     }
 }
 
@@ -209,9 +222,9 @@ fn hostile_bytes_are_an_error_and_nothing_worse() {
             damage(&mut rng, &mut body);
             let _ = Record::decode(record.kind(), &body);
             let mut frame = Vec::new();
-            record::put_frame(&mut frame, UUID, record.kind(), &Body::Inline(body), lsn);
+            frame::put_frame(&mut frame, UUID, record.kind(), &Body::Inline(body), lsn);
             damage(&mut rng, &mut frame);
-            let _ = record::get_frame(&frame, UUID, lsn);
+            let _ = frame::get_frame(&frame, UUID, lsn);
             if round % 8 == 0 {
                 for (mut key, mut value) in key::pairs_of(&record, lsn) {
                     value.truncate(2000);
@@ -236,19 +249,19 @@ fn a_damaged_frame_is_never_taken_for_a_record() {
         epoch: Epoch(2),
     }
     .body();
-    record::put_frame(&mut bytes, UUID, 6, &Body::Inline(body), lsn);
+    frame::put_frame(&mut bytes, UUID, 6, &Body::Inline(body), lsn);
     for at in 0..bytes.len() {
         for bit in 0..8 {
             let mut bad = bytes.clone();
             bad[at] ^= 1 << bit;
             assert_eq!(
-                record::get_frame(&bad, UUID, lsn),
+                frame::get_frame(&bad, UUID, lsn),
                 None,
                 "bit {bit} of byte {at}"
             );
         }
         assert_eq!(
-            record::get_frame(&bytes[..at], UUID, lsn),
+            frame::get_frame(&bytes[..at], UUID, lsn),
             None,
             "torn at {at}"
         );

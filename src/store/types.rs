@@ -13,6 +13,14 @@ pub struct StoreOptions {
     pub segment_size: u64,
     /// Bytes of a new segment set aside for headers and small records; a multiple of 4096.
     pub log_area: u64,
+    /// The number of the machine's present boot, if sessions are kept (session.rs): another one than that of
+    /// the last session means that the machine went down meanwhile.
+    pub boot: Option<u128>,
+    /// An index of at most so many bytes on disk is read whole at every open, to be checked and counted; a larger one
+    /// only if the store was not closed in order, and then by the background job.
+    pub read_at_open: u64,
+    /// Keys that the background job then reads in one step, which nothing else of it can interrupt.
+    pub count_step: usize,
 }
 
 impl Default for StoreOptions {
@@ -21,6 +29,9 @@ impl Default for StoreOptions {
             in_memory_index: false,
             segment_size: 64 << 20,
             log_area: 1 << 20,
+            boot: None,
+            read_at_open: 32 << 20,
+            count_step: 1 << 16,
         }
     }
 }
@@ -71,7 +82,67 @@ pub struct ObjectHandle {
     /// The type that the backing filesystem gave it.
     pub kind: i32,
     /// Its bytes.
-    pub bytes: Vec<u8>,
+    pub bytes: HandleBytes,
+}
+
+/// Handles up to this length are kept in place: there is one for each object that the kernel knows, and an
+/// allocation of its own would cost more than its bytes. ext4 and xfs need 8, tmpfs 12, btrfs 20.
+const SHORT_HANDLE: usize = 22;
+
+/// The bytes of a handle.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct HandleBytes(Bytes);
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Bytes {
+    /// What follows the first `len` bytes is zero.
+    Short {
+        len: u8,
+        bytes: [u8; SHORT_HANDLE],
+    },
+    Long(Box<[u8]>),
+}
+
+impl From<&[u8]> for HandleBytes {
+    fn from(all: &[u8]) -> Self {
+        if all.len() > SHORT_HANDLE {
+            return Self(Bytes::Long(all.into()));
+        }
+        let mut bytes = [0; SHORT_HANDLE];
+        bytes[..all.len()].copy_from_slice(all);
+        Self(Bytes::Short {
+            len: all.len() as u8,
+            bytes,
+        })
+    }
+}
+
+impl From<Vec<u8>> for HandleBytes {
+    fn from(all: Vec<u8>) -> Self {
+        Self::from(all.as_slice())
+    }
+}
+
+impl Default for HandleBytes {
+    fn default() -> Self {
+        Self::from(&[][..])
+    }
+}
+
+impl std::ops::Deref for HandleBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match &self.0 {
+            Bytes::Short { len, bytes } => &bytes[..usize::from(*len)],
+            Bytes::Long(bytes) => bytes,
+        }
+    }
+}
+
+impl std::fmt::Debug for HandleBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        (**self).fmt(f)
+    }
 }
 
 /// What a name in a directory meant.
@@ -174,6 +245,25 @@ pub enum SnapshotState {
     Suspect,
     /// A pre-image is missing; never to be read.
     Invalid,
+}
+
+impl SnapshotState {
+    /// The word for people and JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ready => "ok",
+            Self::Deleting => "deleting",
+            Self::Suspect => "suspect",
+            Self::Invalid => "invalid",
+        }
+    }
+
+    /// Whether what the snapshot shows is kept.
+    #[must_use]
+    pub fn keeps(self) -> bool {
+        matches!(self, Self::Ready | Self::Suspect)
+    }
 }
 
 /// One row of the snapshot table.

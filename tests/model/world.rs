@@ -1,13 +1,13 @@
 //! Random operations, applied to an engine and to the reference.
 use crate::tree::{Body, Id, Name, Tree};
 use crate::walk::{View, walk};
-use cowfs::config::Durability;
+use cowfs::config::{Durability, SpacePolicy};
 use cowfs::engine::attr::{SetAttr, SetTime};
 use cowfs::engine::creds::Caller;
 use cowfs::engine::handle::{LiveFile, OpenFile};
 use cowfs::engine::names::Make;
 use cowfs::engine::object::{Node, ROOT_NODE, folder_node};
-use cowfs::engine::{Engine, EngineOptions};
+use cowfs::engine::{Engine, EngineOptions, Reach};
 use cowfs::error::Error;
 use cowfs::store::{StoreOptions, Timestamp};
 use cowfs::sync::Arc;
@@ -207,6 +207,7 @@ pub struct World {
     dir: tempfile::TempDir,
     engine: Option<Arc<Engine>>,
     in_memory_index: bool,
+    reach: Reach,
     durability: Durability,
     live: Tree,
     cuts: Vec<Cut>,
@@ -225,7 +226,7 @@ fn text(error: Error) -> String {
 }
 
 impl World {
-    pub fn new(base: &std::path::Path, in_memory_index: bool, strict: bool) -> Self {
+    pub fn new(base: &std::path::Path, in_memory_index: bool, strict: bool, reach: Reach) -> Self {
         std::fs::create_dir_all(base).unwrap();
         let dir = tempfile::Builder::new()
             .prefix("model")
@@ -236,6 +237,7 @@ impl World {
             dir,
             engine: None,
             in_memory_index,
+            reach,
             durability: if strict {
                 Durability::Strict
             } else {
@@ -258,12 +260,22 @@ impl World {
             durability: self.durability,
             upkeep: None,
             snapshot_dir: b".snapshots".to_vec(),
+            reach: self.reach,
+            space: SpacePolicy::default(),
+            user_snapshots: false,
             tuning: StoreOptions {
                 in_memory_index: self.in_memory_index,
                 // Small, so that segments are left, deleted and compacted in a short case.
                 segment_size: 1 << 20,
                 log_area: 64 << 10,
+                boot: None,
+                // Opening leaves the counting to the background job, as it does with a large index.
+                read_at_open: 0,
+                count_step: 50,
             },
+            media: None,
+            witness: None,
+            faults: None,
         };
         // Another test of this process may just be starting a program, which holds the lock of the directory
         // for a moment, until it is that program.
@@ -377,7 +389,7 @@ impl World {
                     return Ok(());
                 };
                 let data = pattern(at, len, byte);
-                self.on_file(&path, |live| engine.write(live, at.into(), &data, false))?;
+                self.on_file(&path, |live| engine.write(live, at.into(), &data, None))?;
                 put(self.live.data_mut(id), at, &data);
                 Ok(())
             }
@@ -389,7 +401,7 @@ impl World {
                     size: Some(size.into()),
                     ..SetAttr::default()
                 };
-                self.with(&path, |node| engine.setattr(node, &set, None, false))
+                self.with(&path, |node| engine.setattr(node, &set, None, None))
                     .map_err(text)?;
                 self.live.data_mut(id).resize(size as usize, 0);
                 Ok(())
@@ -420,7 +432,7 @@ impl World {
                     mode: Some(mode),
                     ..SetAttr::default()
                 };
-                self.with(&path, |node| engine.setattr(node, &set, None, false))
+                self.with(&path, |node| engine.setattr(node, &set, None, None))
                     .map_err(text)?;
                 let object = self.live.objects.get_mut(&id).unwrap();
                 object.mode = object.mode & libc::S_IFMT | mode;
@@ -440,7 +452,7 @@ impl World {
                     atime: Some(SetTime::Now),
                     ..SetAttr::default()
                 };
-                self.with(&path, |node| engine.setattr(node, &set, None, false))
+                self.with(&path, |node| engine.setattr(node, &set, None, None))
                     .map_err(text)?;
                 Ok(())
             }
@@ -559,8 +571,18 @@ impl World {
         }
     }
 
+    /// A check of the store finds nothing, in the state in which it is.
+    fn check_store(&self) -> Check {
+        let report = self.engine().check().map_err(text)?;
+        match report.findings.first() {
+            None => Ok(()),
+            Some(found) => Err(format!("a check of the store finds: {found:?}")),
+        }
+    }
+
     pub fn finish(&mut self) -> Check {
         self.compare()?;
+        self.check_store()?;
         // With all snapshots gone nothing may be left behind.
         for cut in std::mem::take(&mut self.cuts) {
             self.engine()
@@ -570,6 +592,7 @@ impl World {
         self.held.clear();
         self.engine().upkeep().map_err(text)?;
         self.compare()?;
+        self.check_store()?;
         let retained = std::fs::read_dir(self.dir.path().join(".cowfs/retained"))
             .unwrap()
             .count();
@@ -658,7 +681,7 @@ impl World {
     fn fallocate(&self, path: &[Name], mode: i32, at: u64, len: u64) -> Result<bool, String> {
         let engine = self.engine();
         self.on_file(path, |live| {
-            match engine.fallocate(live, mode, at, len, false) {
+            match engine.fallocate(live, mode, at, len, None) {
                 Err(error) if error.errno() == rustix::io::Errno::OPNOTSUPP => Ok(false),
                 other => other.map(|()| true),
             }
@@ -702,7 +725,7 @@ impl World {
             .with(&from_path, |node| engine.open_file(node, libc::O_RDONLY))
             .map_err(text)?;
         let n = self.on_file(&to_path, |live| {
-            engine.copy_range(&source, at.into(), live, into.into(), len.into(), false)
+            engine.copy_range(&source, at.into(), live, into.into(), len.into(), None)
         })?;
         let data = self.live.data_mut(from);
         let end = data.len().min((at + len) as usize);
@@ -726,7 +749,7 @@ impl World {
             gid: Some(owner + 1),
             ..SetAttr::default()
         };
-        self.with(&path, |node| engine.setattr(node, &set, None, false))
+        self.with(&path, |node| engine.setattr(node, &set, None, None))
             .map_err(text)?;
         let is_dir = self.live.is_dir(id);
         let object = self.live.objects.get_mut(&id).unwrap();
@@ -862,7 +885,7 @@ impl World {
             unreachable!()
         };
         self.engine()
-            .write(live, at.into(), &data, false)
+            .write(live, at.into(), &data, None)
             .map_err(text)?;
         match self.nameless.get_mut(id) {
             Some(content) => put(content, at, &data),
@@ -898,7 +921,7 @@ impl World {
                 let written = std::cell::RefCell::new(Ok(0));
                 engine
                     .snapshot_crossing(&name, &[&file.object], || {
-                        *written.borrow_mut() = engine.write(file, at.into(), &data, false);
+                        *written.borrow_mut() = engine.write(file, at.into(), &data, None);
                     })
                     .map_err(text)?;
                 written.into_inner().map_err(text)?;

@@ -5,6 +5,7 @@ Each operation runs twice, in the mount and in an ordinary directory of the back
 owners and attributes must be the same.
 """
 from common import *
+import mmap
 
 c = Case(limit=90)
 os.mkdir(c.control)
@@ -97,6 +98,31 @@ for who in (0, A, B):
     both("truncate of a setuid file as %d" % who, lambda d: os.truncate(d + "/f", 1), who, setup=SUID)
     both("O_TRUNC of a setuid file as %d" % who, lambda d: os.close(os.open(d + "/f", os.O_WRONLY | os.O_TRUNC)), who, setup=SUID)
     both("fallocate on a setuid file as %d" % who, lambda d: fallocate(os.open(d + "/f", os.O_RDWR), 0, 0, 8192), who, setup=SUID)
+def rewrite(flags):
+    def fn(d):
+        fd = os.open(d + "/f", os.O_RDWR | flags)
+        page = mmap.mmap(-1, 4096)
+        before = mode_alone(d + "/f")
+        os.pwrite(fd, page, 0)
+        return before, mode_alone(d + "/f")
+    return fn
+
+
+def within(d):
+    fd = os.open(d + "/f", os.O_RDWR)
+    before = mode_alone(d + "/f")
+    os.copy_file_range(fd, fd, 100, 0, 200)
+    return before, mode_alone(d + "/f")
+
+
+# A setgid bit without permission for the group to execute stays when the caller is of the group, and goes otherwise.
+for mode in (0o2666, 0o6666, 0o6766, 0o2676, 0o6676, 0o6777):
+    for who, groups in ((0, ()), (A, ()), (B, ()), (B, (A,))):
+        setup = lambda d: (touch(d + "/f", mode, A, A, "x" * 8192), os.chmod(d + "/f", mode))
+        for what, fn in (("write", rewrite(0)), ("direct write", rewrite(os.O_DIRECT)), ("copy_file_range", within),
+                         ("truncate", lambda d: (os.truncate(d + "/f", 1), mode_alone(d + "/f"))),
+                         ("fallocate", lambda d: (fallocate(os.open(d + "/f", os.O_RDWR), 0, 0, 65536), mode_alone(d + "/f")))):
+            both("%s of mode %o as %d with groups %r" % (what, mode, who, groups), fn, who, groups=groups, setup=setup)
 both("chown of a setuid file to another", lambda d: os.chown(d + "/f", B, B), 0, setup=SUID)
 CAP = lambda d: (touch(d + "/f", 0o777, A, A), os.setxattr(d + "/f", "security.capability", NET_RAW))
 for who in (0, A):

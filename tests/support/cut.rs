@@ -652,8 +652,9 @@ impl Attributes {
             .collect()
     }
 
+    /// Always one with which the owner may read and write: not every writer is root.
     fn mode(step: u64) -> u32 {
-        0o400 + u32::try_from(step % 256).unwrap()
+        0o600 + u32::try_from(step % 128).unwrap()
     }
 
     fn look(&self, dir: &Path) -> Result<Vec<FileAttributes>, String> {

@@ -2,12 +2,14 @@
 //! limit, and a watchdog that turns a hang into a failure.
 //!
 //! Environment: `COWFS_BIN` tests another binary, `COWFS_TEST_DIR` is where the backing directories go
-//! (default: cargo's temporary directory for tests), `COWFS_SEED` repeats a randomised test.
+//! (default: cargo's temporary directory for tests), `COWFS_SEED` repeats a randomised test, `COWFS_TEST_OPTIONS`
+//! are mount options for every mount that the tests make.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 pub(crate) mod cut;
 pub(crate) mod model;
+pub(crate) mod user;
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use std::ffi::{OsStr, OsString};
@@ -20,6 +22,18 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
+
+/// Lets everybody reach `path` and read directories on the way. What else they permit stays: the way may lead through
+/// directories that are not the test's, as /tmp.
+pub fn open_the_way(path: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    for dir in path.ancestors() {
+        let mode = fs::metadata(dir).unwrap().permissions().mode();
+        if mode & 0o055 != 0o055 {
+            fs::set_permissions(dir, fs::Permissions::from_mode(mode & 0o7777 | 0o055)).unwrap();
+        }
+    }
+}
 
 /// The binary under test.
 pub(crate) fn cowfs_bin() -> PathBuf {
@@ -124,6 +138,56 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Outcome {
                 10
             },
         ));
+    }
+}
+
+/// One of our own cases in Python.
+pub(crate) fn own_script(name: &str) -> PathBuf {
+    let scripts = std::env::var_os("COWFS_PY").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/py"),
+        PathBuf::from,
+    );
+    scripts.join(format!("{name}.py"))
+}
+
+/// Runs a case in Python on a mount.
+#[track_caller]
+pub(crate) fn python(script: &Path, mount: &Mount, limit: Duration) {
+    python_with(script, mount, limit, &[]);
+}
+
+/// The same with more environment.
+#[track_caller]
+pub(crate) fn python_with(
+    script: &Path,
+    mount: &Mount,
+    limit: Duration,
+    environment: &[(&str, &str)],
+) {
+    let own = mount.options.lock().unwrap().clone();
+    let out = run(
+        Command::new("python3")
+            .arg("-B")
+            .arg(script)
+            .arg(&mount.mnt)
+            .env("COWFS_BIN", cowfs_bin())
+            .env("COWFS_PROC", cowfs_bin().file_name().unwrap())
+            .env("COWFS_BACKING", &mount.backing)
+            .env("COWFS_TEST_OPTIONS", joined(&own))
+            .env("SNAPFS", "COWFS")
+            .envs(environment.iter().copied()),
+        limit,
+    );
+    println!("{}", out.stdout);
+    out.success(&script.display().to_string());
+}
+
+/// The options of all mounts of this run, and a mount's own.
+fn joined(own: &str) -> String {
+    let all = std::env::var("COWFS_TEST_OPTIONS").unwrap_or_default();
+    match (all.is_empty(), own.is_empty()) {
+        (false, false) => format!("{all},{own}"),
+        _ => all + own,
     }
 }
 
@@ -284,12 +348,18 @@ impl Watchdog {
 
 /// `umount -l`, as a user does after a crash.
 pub(crate) fn detach(mnt: &Path) {
-    let _ = Command::new("umount")
-        .arg("-l")
-        .arg(mnt)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
+    // A user other than root has the helper of FUSE do it.
+    for (program, flag) in [("umount", "-l"), ("fusermount3", "-uzq")] {
+        let done = Command::new(program)
+            .arg(flag)
+            .arg(mnt)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        if done.is_ok_and(|status| status.success()) {
+            break;
+        }
+    }
 }
 
 /// A cowfs mount of its own for one test.
@@ -301,39 +371,65 @@ pub(crate) struct Mount {
     pub(crate) backing: PathBuf,
     pub(crate) mnt: PathBuf,
     bin: PathBuf,
+    /// The mount options.
+    options: Mutex<String>,
     watchdog: Watchdog,
+    _here: user::Here,
 }
 
 impl Mount {
     /// Mounts a new empty directory. Fails the test when the result is not a mounted cowfs.
     #[track_caller]
     pub(crate) fn new(name: &str, limit: Duration) -> Self {
-        Self::build(name, limit, None)
+        Self::build(name, limit, None, "")
+    }
+
+    /// The same with mount options, which later mounts have as well.
+    #[track_caller]
+    pub(crate) fn with(name: &str, limit: Duration, options: &str) -> Self {
+        Self::build(name, limit, None, options)
     }
 
     /// The same, with the backing directory on an ext4 of its own of `mib` MiB, so that nobody else's
     /// files count in a measurement of space.
     #[track_caller]
     pub(crate) fn on_own_disk(name: &str, limit: Duration, mib: u64) -> Self {
-        Self::build(name, limit, Some(mib))
+        Self::on_disk_of(name, limit, "ext4", mib)
+    }
+
+    /// The same on a filesystem of another `kind`, by the name that mkfs(8) knows it by.
+    #[track_caller]
+    pub(crate) fn on_disk_of(name: &str, limit: Duration, kind: &str, mib: u64) -> Self {
+        Self::build(name, limit, Some((kind, mib)), "")
     }
 
     #[track_caller]
-    fn build(name: &str, limit: Duration, disk: Option<u64>) -> Self {
+    fn build(name: &str, limit: Duration, disk: Option<(&str, u64)>, options: &str) -> Self {
+        let here = user::Here::new();
         let root = scratch(name);
         let (mut backing, mnt) = (root.join("backing"), root.join("mnt"));
-        if let Some(mib) = disk {
+        if let Some((kind, mib)) = disk {
             let (image, disk) = (root.join("disk.img"), root.join("disk"));
             File::create(&image).unwrap().set_len(mib << 20).unwrap();
             fs::create_dir(&disk).unwrap();
+            // What xfs allocates ahead of writes comes to be data in the eyes of lseek(2) by being read: with
+            // it, no two maps of the holes of a quiet file need agree.
+            let options = if kind == "xfs" {
+                "loop,allocsize=4k"
+            } else {
+                "loop"
+            };
+            let mkfs = format!("mkfs.{kind}");
+            // without a word, also where a filesystem of an earlier test was in these blocks
+            let quietly = if kind == "ext4" { "-qF" } else { "-qf" };
             run(
-                Command::new("mkfs.ext4").arg("-qF").arg(&image),
+                Command::new(&mkfs).arg(quietly).arg(&image),
                 Duration::from_secs(60),
             )
-            .success("mkfs.ext4");
+            .success(&mkfs);
             run(
                 Command::new("mount")
-                    .args(["-o", "loop"])
+                    .args(["-o", options])
                     .arg(&image)
                     .arg(&disk),
                 Duration::from_secs(30),
@@ -350,7 +446,9 @@ impl Mount {
             backing,
             mnt,
             bin,
+            options: Mutex::new(options.to_owned()),
             watchdog,
+            _here: here,
         };
         mount.mount();
         mount
@@ -364,6 +462,8 @@ impl Mount {
                 .arg("mount")
                 .arg("--log")
                 .arg(self.root.join("cowfs.log"))
+                .arg("-o")
+                .arg(joined(&self.options.lock().unwrap()))
                 .arg(&self.backing)
                 .arg(&self.mnt),
             Duration::from_secs(60),
@@ -398,20 +498,128 @@ impl Mount {
 
     /// Unmounts cleanly and mounts again.
     #[track_caller]
+    /// Mounts with these mount options, as do all later mounts.
+    pub(crate) fn mount_with(&self, options: &str) {
+        *self.options.lock().unwrap() = options.to_owned();
+        self.mount();
+    }
+
+    /// As [`Self::mount_with`], after unmounting.
+    pub(crate) fn remount_with(&self, options: &str) {
+        self.umount();
+        self.mount_with(options);
+    }
+
     pub(crate) fn remount(&self) {
         self.umount();
         self.mount();
     }
 
-    /// `kill -9` of the daemon; the mount is dead afterwards. Its helper process must end by itself.
+    /// The process that serves the mount.
+    #[track_caller]
+    pub(crate) fn server(&self) -> Pid {
+        pid_of(self.status("pid").try_into().unwrap())
+    }
+
+    /// A number in what `cowfs status --json` says.
+    #[track_caller]
+    fn status(&self, field: &str) -> u64 {
+        let status = self.full_status();
+        status[field]
+            .as_u64()
+            .unwrap_or_else(|| panic!("no {field} in {status}"))
+    }
+
+    /// What `cowfs status` says of the last cut.
+    #[track_caller]
+    pub(crate) fn cut_report(&self) -> String {
+        self.full_status()["last_cut"].to_string()
+    }
+
+    /// How the kernel caches writes, as `cowfs status` says.
+    #[track_caller]
+    pub(crate) fn cache(&self) -> String {
+        self.full_status()["cache"].as_str().unwrap().to_owned()
+    }
+
+    /// What `cowfs status --json` says.
+    #[track_caller]
+    fn full_status(&self) -> serde_json::Value {
+        let outcome = run(
+            Command::new(&self.bin)
+                .args(["status", "--json"])
+                .arg(&self.mnt),
+            Duration::from_secs(60),
+        )
+        .success("cowfs status");
+        serde_json::from_str(&outcome.stdout).unwrap()
+    }
+
+    /// The names of the snapshots, and whether each is sound (`ok`).
+    #[track_caller]
+    pub(crate) fn snapshots(&self) -> Vec<(String, bool)> {
+        let outcome = run(
+            Command::new(&self.bin)
+                .args(["snapshot", "list", "--json"])
+                .arg(&self.mnt),
+            Duration::from_secs(60),
+        )
+        .success("cowfs snapshot list");
+        let rows: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+        let row = |row: &serde_json::Value| {
+            (
+                row["name"].as_str().unwrap().to_owned(),
+                row["state"] == "ok",
+            )
+        };
+        rows.as_array().unwrap().iter().map(row).collect()
+    }
+
+    /// How often another server took the mount over.
+    #[track_caller]
+    pub(crate) fn takeovers(&self) -> u64 {
+        self.status("takeovers")
+    }
+
+    /// `kill -9` of the server alone; its keeper starts another.
+    #[track_caller]
+    pub(crate) fn kill_server(&self) {
+        kill_process(self.server(), Signal::KILL).unwrap();
+    }
+
+    /// The processes that make the kernel give up what it holds back.
+    pub(crate) fn helpers(&self) -> Vec<Pid> {
+        let mut pids = daemons(&self.bin, &self.mnt);
+        pids.retain(|pid| is_helper(*pid));
+        pids
+    }
+
+    /// What the daemon has logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.root.join("cowfs.log")).unwrap()
+    }
+
+    /// `kill -9` of the daemon and of its keeper, in one order or the other; the mount is dead afterwards. The helper
+    /// process must end by itself.
     #[track_caller]
     pub(crate) fn kill9(&self) {
-        let serving: Vec<Pid> = daemons(&self.bin, &self.mnt)
+        let mut serving: Vec<Pid> = daemons(&self.bin, &self.mnt)
             .into_iter()
             .filter(|pid| !is_helper(*pid))
             .collect();
-        assert_eq!(serving.len(), 1, "one daemon serves {}", self.mnt.display());
-        let _ = kill_process(serving[0], Signal::KILL);
+        assert_eq!(
+            serving.len(),
+            2,
+            "one daemon and its keeper serve {}",
+            self.mnt.display()
+        );
+        static TURN: AtomicBool = AtomicBool::new(false);
+        if TURN.fetch_xor(true, Ordering::Relaxed) {
+            serving.reverse();
+        }
+        for pid in serving {
+            let _ = kill_process(pid, Signal::KILL);
+        }
         let start = Instant::now();
         while !daemons(&self.bin, &self.mnt).is_empty() {
             assert!(
@@ -419,6 +627,51 @@ impl Mount {
                 "a process of the mount outlives its daemon"
             );
             std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Mounts what is not mounted, and kills whatever serves it, the command included, after a while: in the middle of
+    /// recovery, or just after it. Nothing is mounted afterwards.
+    #[track_caller]
+    pub(crate) fn mount_and_kill(&self, after: Duration) {
+        let mut command = Command::new(&self.bin);
+        command
+            .arg("mount")
+            .arg("--log")
+            .arg(self.root.join("cowfs.log"))
+            .arg("-o")
+            .arg(self.options.lock().unwrap().as_str())
+            .args([&self.backing, &self.mnt]);
+        self.begin_and_kill(command, after);
+    }
+
+    /// Unmounts in the clean way and kills the daemon meanwhile. Nothing is mounted afterwards.
+    #[track_caller]
+    pub(crate) fn umount_and_kill(&self, after: Duration) {
+        let mut command = Command::new(&self.bin);
+        command.arg("umount").arg(&self.mnt);
+        self.begin_and_kill(command, after);
+    }
+
+    #[track_caller]
+    fn begin_and_kill(&self, mut command: Command, after: Duration) {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(after);
+        let start = Instant::now();
+        // One that is killed may have started another just before.
+        while kill_daemons(&self.bin, &self.mnt) > 0 {
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "the daemons of {} do not end",
+                self.mnt.display()
+            );
+        }
+        let _ = child.kill();
+        child.wait().unwrap();
+        while mount_type(&self.mnt).is_some() {
+            assert!(start.elapsed() < Duration::from_secs(20), "not detached");
+            detach(&self.mnt);
         }
     }
 

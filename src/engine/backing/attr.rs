@@ -1,6 +1,6 @@
 //! Attributes and extended attributes of objects.
 
-use super::{Backing, image, statx};
+use super::{Backing, Call, image, statx};
 use crate::error::{Error, Result};
 use crate::store::AttrImage;
 use crate::sys;
@@ -11,6 +11,7 @@ use rustix::io::Errno;
 impl Backing {
     /// The stat fields of an open object.
     pub fn stat(&self, fd: BorrowedFd<'_>) -> Result<AttrImage> {
+        self.before(Call::Attributes)?;
         Ok(image(&statx(fd, c"")?))
     }
 
@@ -29,6 +30,7 @@ impl Backing {
 
     /// The names of an object's extended attributes; none where the filesystem has none.
     pub fn list_xattr(&self, fd: BorrowedFd<'_>) -> Result<Vec<Vec<u8>>> {
+        self.before(Call::Attributes)?;
         let path = sys::fd_path(fd);
         let mut buf = Vec::with_capacity(1024);
         loop {
@@ -48,6 +50,7 @@ impl Backing {
 
     /// The value of one extended attribute.
     pub fn get_xattr(&self, fd: BorrowedFd<'_>, name: &[u8]) -> Result<Vec<u8>> {
+        self.before(Call::Attributes)?;
         let (path, name) = (sys::fd_path(fd), sys::c_string(name)?);
         let mut buf = Vec::with_capacity(256);
         loop {
@@ -61,6 +64,7 @@ impl Backing {
 
     /// The target of a symlink.
     pub fn read_link(&self, fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
+        self.before(Call::Attributes)?;
         Ok(rustix::fs::readlinkat(fd, c"", Vec::new())?.into_bytes())
     }
 
@@ -68,28 +72,28 @@ impl Backing {
 
     /// chmod(2) of an object.
     pub fn chmod(&self, fd: BorrowedFd<'_>, mode: u32) -> Result<()> {
-        Ok(rustix::fs::chmod(
-            sys::fd_path(fd),
-            Mode::from_raw_mode(mode & 0o7777),
-        )?)
+        self.before(Call::Change)?;
+        let mode = Mode::from_raw_mode(mode & 0o7777);
+        Ok(self.made(rustix::fs::chmod(sys::fd_path(fd), mode))?)
     }
 
     /// chown(2) of an object.
     pub fn chown(&self, fd: BorrowedFd<'_>, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
+        self.before(Call::Change)?;
         let uid = uid.map(rustix::fs::Uid::from_raw);
         let gid = gid.map(rustix::fs::Gid::from_raw);
-        Ok(rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH)?)
+        let done = rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH);
+        Ok(self.made(done)?)
     }
 
     /// utimensat(2) of an object.
     pub fn utimens(&self, fd: BorrowedFd<'_>, times: &rustix::fs::Timestamps) -> Result<()> {
-        match rustix::fs::utimensat(fd, c"", times, AtFlags::EMPTY_PATH) {
-            Err(Errno::INVAL) => Ok(rustix::fs::utimensat(
-                CWD,
-                sys::fd_path(fd),
-                times,
-                AtFlags::empty(),
-            )?),
+        self.before(Call::Change)?;
+        match self.made(rustix::fs::utimensat(fd, c"", times, AtFlags::EMPTY_PATH)) {
+            Err(Errno::INVAL) => {
+                let (path, none) = (sys::fd_path(fd), AtFlags::empty());
+                Ok(self.made(rustix::fs::utimensat(CWD, path, times, none))?)
+            }
             other => Ok(other?),
         }
     }
@@ -102,20 +106,16 @@ impl Backing {
         value: &[u8],
         flags: i32,
     ) -> Result<()> {
+        self.before(Call::Change)?;
         let flags = XattrFlags::from_bits_retain(flags as u32);
-        Ok(rustix::fs::setxattr(
-            sys::fd_path(fd),
-            &*sys::c_string(name)?,
-            value,
-            flags,
-        )?)
+        let (path, name) = (sys::fd_path(fd), sys::c_string(name)?);
+        Ok(self.made(rustix::fs::setxattr(path, &*name, value, flags))?)
     }
 
     /// removexattr(2) of an object.
     pub fn remove_xattr(&self, fd: BorrowedFd<'_>, name: &[u8]) -> Result<()> {
-        Ok(rustix::fs::removexattr(
-            sys::fd_path(fd),
-            &*sys::c_string(name)?,
-        )?)
+        self.before(Call::Change)?;
+        let (path, name) = (sys::fd_path(fd), sys::c_string(name)?);
+        Ok(self.made(rustix::fs::removexattr(path, &*name))?)
     }
 }

@@ -1,7 +1,8 @@
 //! Bytes of open files.
 
-use super::Backing;
+use super::{Backing, Call, Change};
 use crate::error::Result;
+use crate::ids::Ino;
 use rustix::fd::BorrowedFd;
 use rustix::fs::SeekFrom;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
@@ -12,7 +13,11 @@ impl Backing {
     pub fn read(&self, fd: BorrowedFd<'_>, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() {
-            match rustix::io::pread(fd, &mut buf[done..], offset + done as u64) {
+            let read = self.before(Call::Read).and_then(|most| {
+                let end = buf.len().min(done.saturating_add(most));
+                rustix::io::pread(fd, &mut buf[done..end], offset + done as u64)
+            });
+            match read {
                 Ok(0) => break,
                 Ok(n) => done += n,
                 Err(Errno::INTR) => {}
@@ -31,8 +36,12 @@ impl Backing {
     ) -> Result<Option<usize>> {
         let mut done = 0;
         while done < buf.len() {
-            let mut rest = [IoSliceMut::new(&mut buf[done..])];
-            match preadv2(fd, &mut rest, offset + done as u64, ReadWriteFlags::NOWAIT) {
+            let read = self.before(Call::Read).and_then(|most| {
+                let end = buf.len().min(done.saturating_add(most));
+                let mut rest = [IoSliceMut::new(&mut buf[done..end])];
+                preadv2(fd, &mut rest, offset + done as u64, ReadWriteFlags::NOWAIT)
+            });
+            match read {
                 Ok(0) => break,
                 Ok(n) => done += n,
                 Err(Errno::AGAIN) => return Ok(None),
@@ -48,6 +57,7 @@ impl Backing {
 
     /// The next data (`hole` false) or hole (true) at or after `offset`; `None` at the end of the file.
     pub fn seek(&self, fd: BorrowedFd<'_>, offset: u64, hole: bool) -> Result<Option<u64>> {
+        self.before(Call::Seek)?;
         let whence = if hole {
             SeekFrom::Hole(offset)
         } else {
@@ -66,34 +76,42 @@ impl Backing {
     pub fn write(&self, fd: BorrowedFd<'_>, offset: u64, data: &[u8]) -> Result<usize> {
         let mut done = 0;
         while done < data.len() {
-            match rustix::io::pwrite(fd, &data[done..], offset + done as u64) {
+            let written = self.before(Call::Write).and_then(|most| {
+                let end = data.len().min(done.saturating_add(most));
+                rustix::io::pwrite(fd, &data[done..end], offset + done as u64)
+            });
+            match written {
                 Ok(n) => done += n,
                 Err(Errno::INTR) => {}
                 Err(errno) if done == 0 => return Err(errno.into()),
                 Err(_) => break,
             }
         }
-        Ok(done)
+        self.made(Ok(done))
     }
 
     /// ftruncate(2), through a descriptor opened for writing.
     pub fn truncate(&self, fd: BorrowedFd<'_>, size: u64) -> Result<()> {
-        Ok(rustix::fs::ftruncate(fd, size)?)
+        self.before(Call::Change)?;
+        Ok(self.made(rustix::fs::ftruncate(fd, size))?)
     }
 
     /// fallocate(2).
     pub fn fallocate(&self, fd: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) -> Result<()> {
+        self.before(Call::Change)?;
         let mode = rustix::fs::FallocateFlags::from_bits_retain(mode as u32);
-        Ok(rustix::fs::fallocate(fd, mode, offset, len)?)
+        Ok(self.made(rustix::fs::fallocate(fd, mode, offset, len))?)
     }
 
     /// fsync(2), or fdatasync(2).
     pub fn sync(&self, fd: BorrowedFd<'_>, data_only: bool) -> Result<()> {
+        self.before(Call::Sync)?;
         if data_only {
             rustix::fs::fdatasync(fd)?
         } else {
             rustix::fs::fsync(fd)?
         }
+        self.tell(|| Change::Synced(Ino(rustix::fs::fstat(fd).map_or(0, |st| st.st_ino))));
         Ok(())
     }
 }

@@ -3,11 +3,13 @@
 //! Objects are reached by file handle and names by descriptor of their directory, never by absolute path, and
 //! everything goes through a private, non-recursive clone of the mount that holds the directory
 //! (open_tree(2)): what others mount beneath it later or earlier is not entered, and cowfs mounted over the
-//! directory itself does not stand in its own way. So no name or symlink leads out of it (C11).
+//! directory itself does not stand in its own way. So no name or symlink leads out of it (C11). Without the
+//! privileges for handle and clone objects are reached by place (`places.rs`), step by step from the root.
 
 mod attr;
 mod data;
 mod names;
+mod places;
 
 pub use data::data_map;
 
@@ -17,8 +19,9 @@ use crate::store::{AttrImage, EntryImage, ObjectHandle, Timestamp};
 use crate::sync::{Arc, Mutex};
 use crate::sys;
 use hashlink::LruCache;
+use places::{Places, enter};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatVfsMountFlags, Statx, StatxFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::{Resource, getrlimit};
@@ -38,6 +41,65 @@ pub struct Found {
     pub attr: AttrImage,
 }
 
+/// How objects are opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reach {
+    /// By their handles where that is permitted, else by place.
+    #[default]
+    AsPermitted,
+    /// By place, as for an ordinary user.
+    ByPlace,
+}
+
+/// What is done to the backing directory.
+#[derive(Debug, Clone, Copy)]
+pub enum Change<'a> {
+    /// What this name in this directory means, if anything, may be about to lose its last name.
+    Dooms(BorrowedFd<'a>, &'a [u8]),
+    /// A name, bytes or attributes have changed.
+    Made,
+    /// A file was made durable (fsync(2), fdatasync(2)).
+    Synced(Ino),
+    /// All of it was made durable (syncfs(2)).
+    AllSynced,
+}
+
+/// Is told of every change, in order, just after it was made.
+pub type Witness = Arc<dyn Fn(Change<'_>) + Send + Sync>;
+
+/// A kind of system call on the backing directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// Reads bytes of a file, or a directory.
+    Read,
+    /// Writes bytes.
+    Write,
+    /// Looks for data or holes.
+    Seek,
+    /// Reads attributes, extended ones too, or the target of a symlink.
+    Attributes,
+    /// Opens an object.
+    Open,
+    /// Looks a name up.
+    Find,
+    /// Changes names, attributes, sizes.
+    Change,
+    /// Makes something durable.
+    Sync,
+}
+
+/// What becomes of a system call instead of what it should.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// It fails, and does nothing.
+    Errno(Errno),
+    /// It moves no more bytes than this.
+    Short(usize),
+}
+
+/// Is asked before every system call on the backing directory.
+pub type Faults = Arc<dyn Fn(Call) -> Option<Failure> + Send + Sync>;
+
 /// The backing directory.
 pub struct Backing {
     /// As the user named it, for messages.
@@ -47,11 +109,18 @@ pub struct Backing {
     _pin: OwnedFd,
     hidden: OwnedFd,
     retained: OwnedFd,
+    orphans: OwnedFd,
     /// Held for as long as the directory is in use: a second mount is refused (C12).
     _lock: OwnedFd,
     device: (u32, u32),
     root_entry: EntryImage,
     paths: Mutex<LruCache<Ino, Arc<OwnedFd>>>,
+    /// Where objects are, if they cannot be opened by their handles.
+    places: Option<Places>,
+    /// Reading leaves access times alone by itself: the private mount has noatime.
+    keeps_atime: bool,
+    pub(super) witness: Option<Witness>,
+    pub(super) faults: Option<Faults>,
 }
 
 /// Most of the descriptors that the process may have are for the files that users open.
@@ -98,37 +167,25 @@ fn image(st: &Statx) -> AttrImage {
 }
 
 impl Backing {
-    /// Opens `path` as a backing directory and takes its lock, making the hidden directory if need be.
+    /// Opens `path` as a backing directory and takes its lock, making the hidden directory if need be. `opened`: the
+    /// directory itself, where the path leads to what is mounted over it.
     ///
     /// # Errors
     /// [`Error::Source`] when it is missing, not a directory, read-only, in use, or on a filesystem that
     /// has no file handles.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, opened: Option<OwnedFd>, reach: Reach) -> Result<Self> {
         let fail = |why: String| Error::Source {
             path: path.to_path_buf(),
             why,
         };
         let dir = OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let pin = rustix::fs::open(path, dir | OFlags::RDONLY, Mode::empty())
-            .map_err(|e| fail(format!("cannot open the directory: {e}")))?;
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_EMPTY_PATH;
-        let tree = open_tree(&pin, c"", flags).map_err(|e| {
-            Error::Permission(format!(
-                "{}: cannot take a private view of the directory (open_tree: {e}); run cowfs as root",
-                path.display()
-            ))
-        })?;
-        // What a snapshot shows never changes, and access times are part of it (C2): reading on behalf of
-        // cowfs or its users leaves them alone.
-        sys::mount_without_atime(tree.as_fd()).map_err(|e| {
-            Error::Permission(format!(
-                "mount_setattr: {e}; cowfs needs Linux 5.12 or later"
-            ))
-        })?;
-        let root = rustix::fs::openat(&tree, c".", dir | OFlags::RDONLY, Mode::empty())
-            .map_err(|e| fail(format!("cannot open the directory: {e}")))?;
+        let pin = match opened {
+            Some(pin) => pin,
+            None => rustix::fs::open(path, dir | OFlags::RDONLY, Mode::empty())
+                .map_err(|e| fail(format!("cannot open the directory: {e}")))?,
+        };
+        let (root, keeps_atime) =
+            private_view(&pin).map_err(|e| fail(format!("cannot open the directory: {e}")))?;
         let vfs = rustix::fs::fstatvfs(&root)?;
         if vfs.f_flag.contains(StatVfsMountFlags::RDONLY) {
             return Err(fail(
@@ -140,12 +197,6 @@ impl Backing {
         let (kind, bytes) = sys::name_to_handle(root.as_fd(), c"").map_err(|e| {
             fail(format!("its filesystem has no file handles ({e}), which cowfs needs; use ext4, xfs, btrfs or tmpfs"))
         })?;
-        sys::open_by_handle(root.as_fd(), kind, &bytes, OFlags::PATH).map_err(|e| {
-            Error::Permission(format!(
-                "{}: cannot open by file handle ({e}); run cowfs as root (CAP_DAC_READ_SEARCH)",
-                path.display()
-            ))
-        })?;
         let hidden = Self::hidden_dir(root.as_fd(), HIDDEN, &fail)?;
         let lock = rustix::fs::openat(
             &hidden,
@@ -154,14 +205,20 @@ impl Backing {
             Mode::from_raw_mode(0o600),
         )
         .map_err(|e| fail(format!("cannot open .cowfs/lock: {e}")))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        sys::lock_patiently(lock.as_fd()).map_err(|_| {
             fail("is mounted by cowfs already; unmount it first (cowfs umount)".into())
         })?;
         let retained = Self::hidden_dir(hidden.as_fd(), b"retained", &fail)?;
+        let orphans = Self::hidden_dir(hidden.as_fd(), b"orphans", &fail)?;
+        let by_handle = reach == Reach::AsPermitted && opens_by_handle(root.as_fd(), lock.as_fd())?;
+        let places = (!by_handle).then(Places::default);
         let root_entry = EntryImage {
             ino: Ino(st.stx_ino),
             kind: kind_of_mode(u32::from(st.stx_mode)),
-            handle: ObjectHandle { kind, bytes },
+            handle: ObjectHandle {
+                kind,
+                bytes: bytes.into(),
+            },
         };
         Ok(Self {
             path: path.to_path_buf(),
@@ -169,10 +226,15 @@ impl Backing {
             _pin: pin,
             hidden,
             retained,
+            orphans,
             _lock: lock,
             device: (st.stx_dev_major, st.stx_dev_minor),
             root_entry,
             paths: Mutex::new(LruCache::new(cached_paths())),
+            places,
+            keeps_atime,
+            witness: None,
+            faults: None,
         })
     }
 
@@ -209,6 +271,35 @@ impl Backing {
         &self.root_entry
     }
 
+    /// The most bytes that the next system call may move.
+    pub(super) fn before(&self, call: Call) -> Result<usize, Errno> {
+        match self.faults.as_ref().and_then(|faults| faults(call)) {
+            None => Ok(usize::MAX),
+            Some(Failure::Short(bytes)) => Ok(bytes.max(1)),
+            Some(Failure::Errno(errno)) => Err(errno),
+        }
+    }
+
+    /// Tells the witness of a change that was made, or tried.
+    fn made<T>(&self, value: T) -> T {
+        self.tell(|| Change::Made);
+        value
+    }
+
+    fn tell<'c>(&self, change: impl FnOnce() -> Change<'c>) {
+        if let Some(witness) = &self.witness {
+            witness(change());
+        }
+    }
+
+    /// Makes all of the backing filesystem durable (syncfs(2)).
+    pub fn sync_all(&self) -> Result<()> {
+        self.before(Call::Sync)?;
+        rustix::fs::syncfs(&self.root)?;
+        self.tell(|| Change::AllSynced);
+        Ok(())
+    }
+
     /// statvfs(3) of the backing filesystem.
     pub fn statvfs(&self) -> Result<rustix::fs::StatVfs> {
         Ok(rustix::fs::fstatvfs(&self.root)?)
@@ -217,6 +308,7 @@ impl Backing {
 
     /// Opens an object by its handle. Never follows a symlink, never opens a device.
     pub fn open_object(&self, entry: &EntryImage, flags: OFlags) -> Result<OwnedFd> {
+        self.before(Call::Open)?;
         let handle = &entry.handle;
         let nonblock = if flags.contains(OFlags::PATH) {
             OFlags::empty()
@@ -224,12 +316,49 @@ impl Backing {
             OFlags::NONBLOCK
         };
         let flags = flags | OFlags::NOFOLLOW | nonblock;
-        Ok(sys::open_by_handle(
-            self.root.as_fd(),
-            handle.kind,
-            &handle.bytes,
-            flags,
-        )?)
+        match &self.places {
+            None => Ok(sys::open_by_handle(
+                self.root.as_fd(),
+                handle.kind,
+                &handle.bytes,
+                flags,
+            )?),
+            Some(places) => self.open_in_place(places, entry, flags),
+        }
+    }
+
+    /// Opens an object where it was last seen, and only that very object.
+    fn open_in_place(&self, places: &Places, entry: &EntryImage, flags: OFlags) -> Result<OwnedFd> {
+        let path = self.open_place(places, entry)?;
+        if flags.contains(OFlags::PATH) {
+            return Ok(path);
+        }
+        // Through the descriptor, so that it is the object that was checked.
+        let through = sys::fd_path(&path);
+        let flags = (flags - OFlags::NOFOLLOW) | OFlags::CLOEXEC;
+        Ok(self.open_quietly(|more| rustix::fs::open(&through, flags | more, Mode::empty()))?)
+    }
+
+    /// Opens a file for writing, and for reading too, because pre-images are read from it. Who may only write to it
+    /// gets a descriptor for that: no pre-image can be read then.
+    pub fn open_writable(&self, entry: &EntryImage) -> Result<OwnedFd> {
+        match self.open_object(entry, OFlags::RDWR) {
+            Err(Error::Os(Errno::ACCESS)) if !self.overrides_modes() => {
+                self.open_object(entry, OFlags::WRONLY)
+            }
+            other => other,
+        }
+    }
+
+    /// Whether cowfs may open what its user may not: true for root, not for an ordinary user, whom a mode
+    /// without the owner's bits shuts out of an own file.
+    pub fn overrides_modes(&self) -> bool {
+        self.places.is_none()
+    }
+
+    /// Whether reading through an ordinary descriptor leaves access times alone.
+    pub fn keeps_atime(&self) -> bool {
+        self.keeps_atime
     }
 
     /// A descriptor of the object for calls that need no more than `O_PATH`; cached.
@@ -249,24 +378,83 @@ impl Backing {
 
     /// What `name` in `dir` means. Something on another device (a btrfs subvolume) is not entered: `EXDEV`.
     pub fn find(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Found>> {
+        self.before(Call::Find)?;
+        if !self.keeps_atime {
+            return self.find_beneath(dir, name);
+        }
         let name = sys::c_string(name)?;
         let st = match statx(dir, &name) {
             Ok(st) => st,
             Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
+        let handle = || sys::name_to_handle(dir, &name);
+        self.found(&st, handle).map(Some)
+    }
+
+    /// As [`Self::find`], without a private view of the mount: what is mounted on `name` is not entered.
+    fn find_beneath(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Found>> {
+        let fd = match enter(dir, name) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
+        let handle = || sys::name_to_handle(fd.as_fd(), c"");
+        self.found(&statx(fd.as_fd(), c"")?, handle).map(Some)
+    }
+
+    fn found(
+        &self,
+        st: &Statx,
+        handle: impl FnOnce() -> Result<(i32, Vec<u8>), Errno>,
+    ) -> Result<Found> {
         if (st.stx_dev_major, st.stx_dev_minor) != self.device {
             return Err(Errno::XDEV.into());
         }
-        let (kind, bytes) = sys::name_to_handle(dir, &name)?;
+        let (kind, bytes) = handle()?;
         let entry = EntryImage {
             ino: Ino(st.stx_ino),
             kind: kind_of_mode(u32::from(st.stx_mode)),
-            handle: ObjectHandle { kind, bytes },
+            handle: ObjectHandle {
+                kind,
+                bytes: bytes.into(),
+            },
         };
-        Ok(Some(Found {
+        Ok(Found {
             entry,
-            attr: image(&st),
-        }))
+            attr: image(st),
+        })
+    }
+}
+
+/// Opens the directory once more through a private, non-recursive clone of its mount that leaves access times
+/// alone (open_tree(2), mount_setattr(2)): what a snapshot shows never changes, and access times are part of it
+/// (C2). Where that is not permitted, as to ordinary users, the directory itself, and false.
+fn private_view(pin: &OwnedFd) -> Result<(OwnedFd, bool), Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let clone = open_tree(pin, c"", flags).and_then(|tree| {
+        sys::mount_without_atime(tree.as_fd())?;
+        Ok(tree)
+    });
+    let dir = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
+    match clone {
+        Ok(tree) => Ok((rustix::fs::openat(&tree, c".", dir, Mode::empty())?, true)),
+        Err(errno) => {
+            log::info!("no private view of the directory ({errno}): O_NOATIME takes its place");
+            Ok((rustix::fs::openat(pin, c".", dir, Mode::empty())?, false))
+        }
+    }
+}
+
+/// Whether objects can be opened by handle (open_by_handle_at(2)), tried on a file: the root of a user namespace
+/// may open directories so, but nothing else.
+fn opens_by_handle(root: BorrowedFd<'_>, file: BorrowedFd<'_>) -> Result<bool> {
+    let (kind, bytes) = sys::name_to_handle(file, c"")?;
+    match sys::open_by_handle(root, kind, &bytes, OFlags::PATH) {
+        Ok(_) => Ok(true),
+        Err(Errno::PERM | Errno::ACCESS | Errno::STALE) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }

@@ -1,17 +1,13 @@
 //! Names in directories, and the retained objects.
 
-use super::{Backing, Found};
+use super::{Backing, Call, Change, Found};
 use crate::error::{Error, Result};
 use crate::ids::Ino;
+use crate::sys;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 use std::mem::MaybeUninit;
-
-/// Name of the reserve in the hidden directory.
-const RESERVE: &str = "reserve";
-/// Enough for the records of some hundred deletions and for an index of its smallest size.
-const RESERVE_BYTES: u64 = 8 << 20;
 
 impl Backing {
     /// Creates a regular file that must not exist, and opens it.
@@ -22,51 +18,74 @@ impl Backing {
         mode: u32,
         flags: OFlags,
     ) -> Result<OwnedFd> {
+        self.before(Call::Change)?;
         let how = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(mode & 0o7777);
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        Ok(rustix::fs::openat2(dir, name, how, mode, resolve)?)
+        Ok(self.made(rustix::fs::openat2(dir, name, how, mode, resolve))?)
     }
 
     /// mkdir(2).
     pub fn mkdir(&self, dir: BorrowedFd<'_>, name: &[u8], mode: u32) -> Result<()> {
-        Ok(rustix::fs::mkdirat(
-            dir,
-            name,
-            Mode::from_raw_mode(mode & 0o7777),
-        )?)
+        self.before(Call::Change)?;
+        let mode = Mode::from_raw_mode(mode & 0o7777);
+        Ok(self.made(rustix::fs::mkdirat(dir, name, mode))?)
     }
 
     /// mknod(2).
     pub fn mknod(&self, dir: BorrowedFd<'_>, name: &[u8], mode: u32, rdev: u64) -> Result<()> {
+        self.before(Call::Change)?;
         let perm = Mode::from_raw_mode(mode & 0o7777);
-        Ok(rustix::fs::mknodat(
-            dir,
-            name,
-            FileType::from_raw_mode(mode),
-            perm,
-            rdev,
-        )?)
+        let kind = FileType::from_raw_mode(mode);
+        Ok(self.made(rustix::fs::mknodat(dir, name, kind, perm, rdev))?)
     }
 
     /// symlink(2).
     pub fn symlink(&self, dir: BorrowedFd<'_>, name: &[u8], target: &[u8]) -> Result<()> {
-        Ok(rustix::fs::symlinkat(target, dir, name)?)
+        self.before(Call::Change)?;
+        Ok(self.made(rustix::fs::symlinkat(target, dir, name))?)
+    }
+
+    /// Gives a new object to a group, unless its directory hands down its own (setgid). False if it was left, also
+    /// where it is not for cowfs to give.
+    pub fn give_group(&self, dir: BorrowedFd<'_>, name: &[u8], group: u32) -> Result<bool> {
+        if self.stat(dir)?.mode & libc::S_ISGID != 0 {
+            return Ok(false);
+        }
+        self.before(Call::Change)?;
+        let group = Some(rustix::fs::Gid::from_raw(group));
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        match self.made(rustix::fs::chownat(dir, name, None, group, flags)) {
+            Ok(()) => Ok(true),
+            Err(Errno::PERM) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// link(2) of an open object.
     pub fn link(&self, fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &[u8]) -> Result<()> {
-        Ok(rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH)?)
+        self.before(Call::Change)?;
+        match self.made(rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH)) {
+            // An empty path takes CAP_DAC_READ_SEARCH (linkat(2)); the way through /proc does not.
+            Err(Errno::NOENT | Errno::PERM) if !self.overrides_modes() => {
+                let through = sys::fd_path(fd);
+                let flags = AtFlags::SYMLINK_FOLLOW;
+                Ok(self.made(rustix::fs::linkat(CWD, through, dir, name, flags))?)
+            }
+            other => Ok(other?),
+        }
     }
 
     /// unlink(2), or rmdir(2).
     pub fn remove(&self, dir: BorrowedFd<'_>, name: &[u8], directory: bool) -> Result<()> {
+        self.before(Call::Change)?;
         let flags = if directory {
             AtFlags::REMOVEDIR
         } else {
             AtFlags::empty()
         };
-        Ok(rustix::fs::unlinkat(dir, name, flags)?)
+        self.tell(|| Change::Dooms(dir, name));
+        Ok(self.made(rustix::fs::unlinkat(dir, name, flags))?)
     }
 
     /// renameat2(2).
@@ -76,21 +95,34 @@ impl Backing {
         to: (BorrowedFd<'_>, &[u8]),
         flags: RenameFlags,
     ) -> Result<()> {
-        Ok(rustix::fs::renameat_with(
-            from.0, from.1, to.0, to.1, flags,
-        )?)
+        self.before(Call::Change)?;
+        if !flags.contains(RenameFlags::EXCHANGE) {
+            self.tell(|| Change::Dooms(to.0, to.1));
+        }
+        let renamed = rustix::fs::renameat_with(from.0, from.1, to.0, to.1, flags);
+        Ok(self.made(renamed)?)
     }
 
     // ---- retained objects: `.cowfs/retained/<inode number in hex>`
 
-    fn retained_name(ino: Ino) -> Vec<u8> {
+    pub(super) fn retained_name(ino: Ino) -> Vec<u8> {
         format!("{:016x}", ino.0).into_bytes()
     }
 
     /// Moves the last name of an object out of the live tree, in one step.
     pub fn retain(&self, dir: BorrowedFd<'_>, name: &[u8], ino: Ino) -> Result<()> {
+        self.before(Call::Change)?;
         let to = Self::retained_name(ino);
-        Ok(rustix::fs::renameat(dir, name, &self.retained, to)?)
+        match self.made(rustix::fs::renameat(dir, name, &self.retained, &to)) {
+            Err(Errno::ACCESS) if !self.overrides_modes() => {
+                // A directory gets a new parent only if its user may write to it, which rmdir(2) does not ask
+                // for. Its mode is of no use to anybody any more: snapshots have it among the pre-images.
+                let mode = Mode::RWXU;
+                self.made(rustix::fs::chmodat(dir, name, mode, AtFlags::empty()))?;
+                Ok(self.made(rustix::fs::renameat(dir, name, &self.retained, &to))?)
+            }
+            other => Ok(other?),
+        }
     }
 
     /// Gives an object a second link among the retained, before its last name is replaced.
@@ -114,42 +146,60 @@ impl Backing {
 
     /// The numbers of all that is among the retained.
     pub fn all_retained(&self) -> Result<Vec<Ino>> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::openat(&self.retained, c".", flags, Mode::empty())?;
-        let mut buf = [MaybeUninit::uninit(); 8192];
-        let mut entries = RawDir::new(&dir, &mut buf);
-        let mut all = Vec::new();
-        while let Some(entry) = entries.next() {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            all.extend(u64::from_str_radix(&name, 16).map(Ino));
-        }
-        Ok(all)
+        numbers_in(&self.retained)
     }
 
-    // ---- the reserve: space to delete snapshots with, when there is none left
+    // ---- orphans: `.cowfs/orphans/<inode number in hex>`
 
-    /// Sets the reserve aside if it is not there and there is room for it.
-    pub fn keep_reserve(&self) {
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let Ok(file) = rustix::fs::openat(&self.hidden, RESERVE, flags, Mode::from_raw_mode(0o600))
-        else {
-            return;
-        };
-        let none = rustix::fs::FallocateFlags::empty();
-        if let Err(errno) = rustix::fs::fallocate(&file, none, 0, RESERVE_BYTES) {
-            log::debug!("no room for a reserve: {errno}");
-            self.drop_reserve();
+    /// Moves the last name of an open file out of the live tree, in one step.
+    pub fn orphan(&self, dir: BorrowedFd<'_>, name: &[u8], ino: Ino) -> Result<()> {
+        self.before(Call::Change)?;
+        let to = Self::retained_name(ino);
+        Ok(self.made(rustix::fs::renameat(dir, name, &self.orphans, to))?)
+    }
+
+    /// Gives an open file a second link among the orphans, before its last name is replaced.
+    pub fn orphan_link(&self, fd: BorrowedFd<'_>, ino: Ino) -> Result<()> {
+        match self.link(fd, self.orphans.as_fd(), &Self::retained_name(ino)) {
+            // Made by a daemon that was killed before the replacement.
+            Err(Error::Os(Errno::EXIST)) => Ok(()),
+            other => other,
         }
     }
 
-    /// Gives the reserve up. False if there is none.
-    pub fn drop_reserve(&self) -> bool {
-        rustix::fs::unlinkat(&self.hidden, RESERVE, AtFlags::empty()).is_ok()
+    /// Moves an open file from the retained to the orphans. False if it is not there.
+    pub fn orphan_retained(&self, ino: Ino) -> Result<bool> {
+        self.before(Call::Change)?;
+        let name = Self::retained_name(ino);
+        match self.made(rustix::fs::renameat(
+            &self.retained,
+            &name,
+            &self.orphans,
+            &name,
+        )) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Removes a file from among the orphans; one that is not there is no error.
+    pub fn release_orphan(&self, ino: Ino) -> Result<()> {
+        self.drop_path(ino);
+        match self.remove(self.orphans.as_fd(), &Self::retained_name(ino), false) {
+            Err(Error::Os(Errno::NOENT)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// The numbers of all orphans.
+    pub fn all_orphans(&self) -> Result<Vec<Ino>> {
+        numbers_in(&self.orphans)
     }
 
     /// Whether an open directory has no entries.
     pub fn is_empty(&self, dir: &OwnedFd) -> Result<bool> {
+        self.before(Call::Read)?;
         let mut buf = [MaybeUninit::uninit(); 1024];
         let mut entries = RawDir::new(dir, &mut buf);
         while let Some(entry) = entries.next() {
@@ -159,4 +209,18 @@ impl Backing {
         }
         Ok(true)
     }
+}
+
+/// The inode numbers that the names in a directory of the store stand for.
+fn numbers_in(dir: &OwnedFd) -> Result<Vec<Ino>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::openat(dir, c".", flags, Mode::empty())?;
+    let mut buf = [MaybeUninit::uninit(); 8192];
+    let mut entries = RawDir::new(&dir, &mut buf);
+    let mut all = Vec::new();
+    while let Some(entry) = entries.next() {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        all.extend(u64::from_str_radix(&name, 16).map(Ino));
+    }
+    Ok(all)
 }

@@ -1,0 +1,610 @@
+//! The requests of the live tree, as fuser hands them over: a few lines each.
+
+use super::convert::{decode_dev, errno, file_attr, set_time, unprivileged};
+use super::read::Reader;
+use super::reply::{answer, reply_absent, reply_xattr};
+use super::writeback::Kind;
+use super::{Adapter, FOREVER, HELPER_HANDLE, flush, manages, status};
+use crate::engine::attr::SetAttr;
+use crate::engine::creds::Unprivileged;
+use crate::engine::handle::{LiveFile, OpenFile};
+use crate::engine::names::Make;
+use crate::engine::object::{Node, ROOT_NODE};
+use crate::error::{Error, Result};
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::SystemTime;
+
+/// The open file for a change, or `EROFS` if it belongs to a snapshot.
+fn writable(file: &OpenFile) -> Result<&LiveFile> {
+    match file {
+        OpenFile::Live(live) => Ok(live),
+        OpenFile::At(_) => Err(Error::ReadOnly),
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        Reader::init(config, self.gate.is_some())
+    }
+
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if parent.0 == ROOT_NODE
+            && self.is_helper(req)
+            && let Some(node) = flush::node_of_name(name)
+        {
+            return self.reader.reply_node(reply, node);
+        }
+        let Some(gate) = &self.gate else {
+            return self.reader.lookup(parent, name, reply);
+        };
+        match self.reader.look_up(parent, name) {
+            Err(error) => reply.error(errno(&error)),
+            Ok((_, None)) => reply_absent(reply),
+            Ok((parent, Some(attr))) => {
+                let (reader, node) = (self.reader.clone(), attr.node);
+                let kind = move || Kind::Attributes {
+                    node,
+                    of_write: false,
+                };
+                if self.is_helper(req) {
+                    // It asks on behalf of a seal.
+                    return reader.reply_entry_for(reply, &parent, &attr, gate.helpers_ttl());
+                }
+                gate.pass(kind, move |ttl| {
+                    reader.reply_entry_for(reply, &parent, &attr, ttl)
+                });
+            }
+        }
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        self.reader.forget(ino, nlookup);
+    }
+
+    fn getattr(&self, req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        match &self.gate {
+            None => self.reader.getattr(ino, fh, FOREVER, reply),
+            Some(gate) if self.is_helper(req) => {
+                self.reader.getattr(ino, fh, gate.helpers_ttl(), reply);
+            }
+            Some(gate) => {
+                let reader = self.reader.clone();
+                let kind = move || Kind::Attributes {
+                    node: ino.0,
+                    of_write: fh.is_some(),
+                };
+                gate.pass(kind, move |ttl| reader.getattr(ino, fh, ttl, reply));
+            }
+        }
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let set = SetAttr {
+            mode,
+            uid,
+            gid,
+            size,
+            atime: atime.map(set_time),
+            mtime: mtime.map(set_time),
+        };
+        let (engine, node, caller) = (
+            self.engine.clone(),
+            self.reader.node(ino),
+            unprivileged(req),
+        );
+        let file = fh.and_then(|fh| self.reader.file(fh).ok());
+        let ttl = self.unasked();
+        let change = move || {
+            let done = node.and_then(|node| engine.setattr(&node, &set, file.as_deref(), caller));
+            drop(file);
+            answer!(reply, done, attr => reply.attr(&ttl, &file_attr(&attr, attr.shown)));
+        };
+        let Some(gate) = &self.gate else {
+            // Cutting a file short may have to keep much of it.
+            return match size {
+                Some(_) => self.blocking.run(change),
+                None => self.dispatch(change),
+            };
+        };
+        let times_alone = SetAttr {
+            mtime: set.mtime,
+            ..SetAttr::default()
+        } == set;
+        if times_alone && (fh.is_some() || self.is_helper(req)) {
+            // With a handle it is the kernel that writes back what earlier writes made of the time: part of them.
+            gate.advance();
+            return self.dispatch(change);
+        }
+        let kind = move || match times_alone {
+            true => Kind::Times,
+            false => Kind::Locks(vec![ino.0]),
+        };
+        match size {
+            Some(_) => {
+                let blocking = self.blocking.clone();
+                gate.pass(kind, move |_| blocking.run(change));
+            }
+            None => self.change(kind, change),
+        }
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        self.reader.readlink(ino, reply);
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        self.make(
+            req,
+            (parent, name),
+            Vec::new(),
+            move |_| Make::Node(mode, decode_dev(rdev)),
+            umask,
+            reply,
+        );
+    }
+
+    fn mkdir(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        reply: ReplyEntry,
+    ) {
+        if let Ok(folder @ Node::Folder(_)) = self.reader.node(parent) {
+            return self.create_snapshot(req, folder, name, reply);
+        }
+        self.make(
+            req,
+            (parent, name),
+            Vec::new(),
+            move |_| Make::Directory(mode),
+            umask,
+            reply,
+        );
+    }
+
+    fn symlink(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        self.make(
+            req,
+            (parent, name),
+            target.as_os_str().as_bytes().to_vec(),
+            |target| Make::Symlink(target),
+            0,
+            reply,
+        );
+    }
+
+    fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.remove(req, parent, name, false, reply);
+    }
+
+    fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.remove(req, parent, name, true, reply);
+    }
+
+    fn rename(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.move_name(req, (parent, name), (newparent, newname), flags, reply);
+    }
+
+    fn link(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        newparent: INodeNo,
+        newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        self.add_name(req, ino, (newparent, newname), reply);
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        self.create_file(req, (parent, name), (mode, umask), flags, reply);
+    }
+
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if self.is_helper(req) {
+            return reply.opened(HELPER_HANDLE, FopenFlags::FOPEN_KEEP_CACHE);
+        }
+        let earlier = self.resent.opened(req);
+        let gate = self.gate.clone();
+        let writes = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
+        let (reader, unique) = (self.reader.clone(), req.unique().0);
+        let open = move || {
+            let opened = match earlier {
+                Some(id) => Ok(id),
+                None => reader.open(ino, flags, unique),
+            };
+            let answer = move |_| {
+                answer!(reply, opened, id => {
+                    reply.opened(FileHandle(id), FopenFlags::FOPEN_KEEP_CACHE);
+                });
+            };
+            match gate {
+                Some(gate) if writes => gate.opened(answer),
+                _ => answer(FOREVER),
+            }
+        };
+        match &self.gate {
+            Some(gate) if writes => gate.pass(|| Kind::Makes, move |_| open()),
+            _ => open(),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.reader.read(fh, offset, size, reply);
+    }
+
+    fn write(
+        &self,
+        req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let caller = write_flags
+            .contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
+            .then(|| Unprivileged {
+                pid: req.pid(),
+                gid: req.gid(),
+            });
+        if let Some(gate) = &self.gate {
+            gate.advance();
+        }
+        // The kernel syncs itself what it has held back.
+        let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let written = self.reader.file(fh).and_then(|file| {
+            let live = writable(&file)?;
+            let n = match &self.changes {
+                Some(_) => self.engine.try_write(live, offset, data, caller)?,
+                None => Some(self.engine.write(live, offset, data, caller)?),
+            };
+            let syncs = live.sync_each_write.is_some() && !cached;
+            Ok((file, n, syncs))
+        });
+        let engine = self.engine.clone();
+        match (written, &self.changes) {
+            (Ok((file, Some(n), true)), _) => self.blocking.run(move || {
+                let done = writable(&file).and_then(|live| engine.sync_write(live));
+                drop(file);
+                answer!(reply, done, () => reply.written(n as u32));
+            }),
+            (Ok((_, Some(n), false)), _) => reply.written(n as u32),
+            (Ok((file, None, _)), Some(changes)) => {
+                // The payload is the request thread's, which goes on to the next request.
+                let data = data.to_vec();
+                changes.run(move || {
+                    let done = writable(&file).and_then(|live| {
+                        let n = engine.write(live, offset, &data, caller)?;
+                        if !cached {
+                            engine.sync_write(live)?;
+                        }
+                        Ok(n)
+                    });
+                    drop(file);
+                    answer!(reply, done, n => reply.written(n as u32));
+                });
+            }
+            (Ok((_, None, _)), None) => reply.error(Errno::EIO),
+            (Err(error), _) => reply.error(errno(&error)),
+        }
+    }
+
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        // Nothing is held back here, so there is nothing to do at close(2); the kernel need not ask again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.reader.release(fh, reply);
+    }
+
+    fn fsync(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.fsync_file(req, ino, fh, datasync, reply);
+    }
+
+    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if let Some(id) = self.resent.opened(req) {
+            return reply.opened(FileHandle(id), self.reader.listings);
+        }
+        self.reader.opendir(req, ino, reply);
+    }
+
+    fn readdir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        reply: ReplyDirectory,
+    ) {
+        self.reader.readdir(fh, offset, reply);
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        let reader = self.reader.clone();
+        let list = move |_| reader.readdirplus(fh, offset, reply);
+        match &self.gate {
+            // It gives out the attributes of many files.
+            Some(gate) => gate.pass(|| Kind::Makes, list),
+            None => list(FOREVER),
+        }
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.reader.releasedir(fh, reply);
+    }
+
+    fn fsyncdir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        let (engine, dir) = (self.engine.clone(), self.reader.handles.dir(fh.0));
+        self.blocking.run(move || {
+            answer!(reply, dir.and_then(|dir| engine.fsync_dir(&dir)), () => reply.ok());
+        });
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        self.reader.statfs(reply);
+    }
+
+    fn setxattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        if let Ok(node) = self.reader.node(ino)
+            && let Some(order) = status::hold_order(&self.engine, &node, name, value)
+        {
+            if !manages(req) {
+                return reply.error(Errno::EPERM);
+            }
+            let engine = self.engine.clone();
+            return self.cuts.run(move || {
+                let done = order.and_then(|(name, held)| engine.hold_snapshot(&name, held));
+                answer!(reply, done, () => reply.ok());
+            });
+        }
+        self.set_attribute(req, ino, (name, value), flags, reply);
+    }
+
+    fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let node = match self.reader.node(ino) {
+            Ok(node) => node,
+            Err(error) => return reply.error(errno(&error)),
+        };
+        if let Some((epoch, order)) = status::mount_order(&self.snapshots, &node, name) {
+            return self.snapshots.serve(req, epoch, order, move |answer| {
+                reply_xattr(reply, status::json(&answer), size);
+            });
+        }
+        if status::is_check(&self.snapshots, &node, name) {
+            let (engine, uid) = (self.engine.clone(), req.uid());
+            let look = move || reply_xattr(reply, status::check(&engine, uid), size);
+            return self.snapshots.waiting.run(look);
+        }
+        self.reader
+            .getxattr(&self.snapshots, &node, name, size, reply);
+    }
+
+    fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        self.reader.listxattr(req, ino, size, reply);
+    }
+
+    fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.remove_attribute(req, ino, name, reply);
+    }
+
+    fn fallocate(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let (engine, file, caller) = (self.engine.clone(), self.reader.file(fh), unprivileged(req));
+        let change = move || {
+            let done = file
+                .and_then(|file| engine.fallocate(writable(&file)?, mode, offset, length, caller));
+            answer!(reply, done, () => reply.ok());
+        };
+        match &self.gate {
+            None => self.blocking.run(change),
+            Some(gate) => {
+                let blocking = self.blocking.clone();
+                let kind = move || Kind::Locks(vec![ino.0]);
+                gate.pass(kind, move |_| blocking.run(change));
+            }
+        }
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let Some(gate) = &self.gate else {
+            return self.reader.lseek(fh, offset, whence, reply);
+        };
+        // What the kernel holds back may lie in what is a hole so far.
+        let (gate, reader) = (gate.clone(), self.reader.clone());
+        self.blocking.run(move || match gate.clean(ino.0) {
+            Ok(()) => reader.lseek(fh, offset, whence, reply),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        req: &Request,
+        _ino_in: INodeNo,
+        fh_in: FileHandle,
+        offset_in: u64,
+        _ino_out: INodeNo,
+        fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        if self.gate.is_some() {
+            // The kernel copies by itself then, in its cache, where each write can be cut.
+            return reply.error(Errno::ENOSYS);
+        }
+        let (engine, caller) = (self.engine.clone(), unprivileged(req));
+        let files = self
+            .reader
+            .file(fh_in)
+            .and_then(|from| Ok((from, self.reader.file(fh_out)?)));
+        self.blocking.run(move || {
+            let done = files.and_then(|(from, to)| {
+                engine.copy_range(&from, offset_in, writable(&to)?, offset_out, len, caller)
+            });
+            answer!(reply, done, n => reply.written(n as u32));
+        });
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: fuser::IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        // What a filesystem without the command answers (ioctl(2)).
+        reply.error(Errno::ENOTTY);
+    }
+}

@@ -1,0 +1,561 @@
+//! The cut where the kernel holds writes back (`cache=writeback`).
+//!
+//! The kernel hides write(2) from the daemon, so a cut holds what it cannot see: it has the kernel forget the attributes
+//! of every file that is open for writing, and a write asks for these before it takes its inode's lock. The question waits
+//! here. Then the flush helper calls fsync(2) on each of these files. Its request comes while the kernel holds the lock of
+//! the inode and nothing of it is dirty: that is the cut of this inode, its *seal*, and the object crosses into the new epoch.
+//! docs/ARCHITECTURE.md says why all seals together are an exact cut, and what each kind of request has to do meanwhile.
+
+use super::FOREVER;
+use super::flush::{FlushHelper, Order};
+use super::pool::Pool;
+use crate::engine::Engine;
+use crate::engine::object::NodeId;
+use crate::engine::snapshot::{Barrier, Brought};
+use crate::error::{Error, Result};
+use crate::ids::Epoch;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use fuser::{INodeNo, Notifier};
+use rustix::io::Errno;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+/// How long a hold may last; then the cut fails and everybody goes on.
+const LONGEST_HOLD: Duration = Duration::from_secs(10);
+/// Ticks without anything done after which questions of permission are answered, and of writes.
+const STUCK: u32 = 2;
+const DEADLOCKED: u32 = 6;
+/// Threads that carry out what was held.
+const RELEASE_THREADS: usize = 4;
+
+/// What is done when a request may go on, with the time for which the kernel may believe attributes then.
+type Job = Box<dyn FnOnce(Duration) + Send>;
+
+/// What a request means to a cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Its reply gives out the attributes of this file. With a handle (`of_write`) it may be what a write(2) waits for.
+    Attributes { node: NodeId, of_write: bool },
+    /// It changes something, or opens something for writing, and the kernel holds the lock of no file for it.
+    Makes,
+    /// It changes something, and the kernel holds the locks of these files until it is answered.
+    Locks(Vec<NodeId>),
+    /// It sets no more than times, and the kernel may hold the lock of another file for it.
+    Times,
+}
+
+/// What becomes of a request.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Run,
+    Park,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// No cut.
+    Open,
+    /// A cut: the seals are being made.
+    Held(Epoch),
+    /// All seals are made, and the epoch is about to advance.
+    Closed,
+}
+
+/// The rules of a hold, apart from threads and the kernel.
+struct Hold<J> {
+    phase: Phase,
+    /// The files that were open for writing when the hold began.
+    active: HashSet<NodeId>,
+    /// Those of them that have been cut in this round.
+    sealed: HashSet<NodeId>,
+    /// Something was let through that may come after a change that is out of the snapshot.
+    again: bool,
+    parked: Vec<Parked<J>>,
+}
+
+struct Parked<J> {
+    kind: Kind,
+    since: Instant,
+    job: J,
+}
+
+impl<J> Hold<J> {
+    fn new() -> Self {
+        Self {
+            phase: Phase::Open,
+            active: HashSet::new(),
+            sealed: HashSet::new(),
+            again: false,
+            parked: Vec::new(),
+        }
+    }
+
+    /// Begins a round. The files that are open for writing are those of the first.
+    fn begin(&mut self, next: Epoch, active: impl FnOnce() -> HashSet<NodeId>) {
+        let first = self.phase == Phase::Open;
+        self.phase = Phase::Held(next);
+        if first {
+            // After the phase: a file that is opened from now on is not answered for before the hold ends.
+            self.active = active();
+        }
+        self.sealed.clear();
+        self.again = false;
+    }
+
+    fn is_open_to_writers(&self, node: NodeId) -> bool {
+        self.active.contains(&node) && !self.sealed.contains(&node)
+    }
+
+    fn judge(&mut self, kind: &Kind) -> Verdict {
+        match (self.phase, kind) {
+            (Phase::Open, _) => return Verdict::Run,
+            // The planted bug: writes go on while the seals are made.
+            (_, Kind::Attributes { of_write: true, .. }) if cfg!(feature = "plant-no-hold") => {
+                return Verdict::Run;
+            }
+            (_, Kind::Attributes { node, .. }) if !self.active.contains(node) => {
+                return Verdict::Run;
+            }
+            (Phase::Closed, _) | (_, Kind::Attributes { .. } | Kind::Makes) => {
+                return Verdict::Park;
+            }
+            // To wait for the lock of a file that is not sealed yet would keep it from being sealed.
+            (_, Kind::Locks(nodes)) if !nodes.iter().any(|node| self.is_open_to_writers(*node)) => {
+                return Verdict::Park;
+            }
+            (_, Kind::Locks(_) | Kind::Times) => {}
+        }
+        self.again |= !self.sealed.is_empty();
+        Verdict::Run
+    }
+
+    fn park(&mut self, kind: Kind, job: J) {
+        let since = Instant::now();
+        self.parked.push(Parked { kind, since, job });
+    }
+
+    /// Notes the seal of a file; false if no round wants it.
+    fn seal(&mut self, node: NodeId) -> bool {
+        matches!(self.phase, Phase::Held(_))
+            && self.active.contains(&node)
+            && self.sealed.insert(node)
+    }
+
+    /// Ends a round: what can be done now that no seal of it counts, or that all do.
+    fn end_round(&mut self) -> (Brought, Vec<Parked<J>>) {
+        if !self.again {
+            self.phase = Phase::Closed;
+            return (Brought::All, Vec::new());
+        }
+        self.sealed.clear();
+        (
+            Brought::Again,
+            self.take(|kind| matches!(kind, Kind::Locks(_))),
+        )
+    }
+
+    fn take(&mut self, which: impl Fn(&Kind) -> bool) -> Vec<Parked<J>> {
+        self.parked
+            .extract_if(.., |parked| which(&parked.kind))
+            .collect()
+    }
+
+    /// Questions that may be asked under a lock that a seal waits for, other than those of writes. Their answers let no
+    /// write go on if the kernel may not believe them.
+    fn take_questions(&mut self) -> Vec<Parked<J>> {
+        self.take(|kind| {
+            matches!(
+                kind,
+                Kind::Attributes {
+                    of_write: false,
+                    ..
+                }
+            )
+        })
+    }
+
+    /// The questions of files that cannot be sealed, whoever asks: writes may go on, so that the round does not count.
+    fn take_writes(&mut self) -> Vec<Parked<J>> {
+        let (active, sealed) = (&self.active, &self.sealed);
+        let stuck = |kind: &Kind| match kind {
+            Kind::Attributes { node, .. } => active.contains(node) && !sealed.contains(node),
+            _ => false,
+        };
+        let taken: Vec<_> = self
+            .parked
+            .extract_if(.., |parked| stuck(&parked.kind))
+            .collect();
+        self.again |= !taken.is_empty();
+        taken
+    }
+
+    fn release(&mut self) -> Vec<Parked<J>> {
+        self.phase = Phase::Open;
+        self.active.clear();
+        self.sealed.clear();
+        std::mem::take(&mut self.parked)
+    }
+}
+
+/// Holds requests while a cut is made.
+pub(super) struct Gate {
+    engine: Arc<Engine>,
+    /// Makes the seals. Its requests are let through.
+    helper: FlushHelper,
+    /// Writes back what a question about holes concerns, also in the middle of a cut.
+    cleaner: FlushHelper,
+    notifier: Mutex<Option<Notifier>>,
+    hold: Mutex<Hold<Job>>,
+    /// Whether there is a hold, for those who need not look closer.
+    held: AtomicBool,
+    /// Requests that bring a seal nearer.
+    progress: AtomicU64,
+    /// Syncs that are under way: a seal may have to wait for the disk.
+    syncing: AtomicU64,
+    released: Pool,
+}
+
+impl Gate {
+    /// A gate for a mount that is served from now on. The helpers are started before it is made.
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        helper: FlushHelper,
+        cleaner: FlushHelper,
+    ) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            engine,
+            helper,
+            cleaner,
+            notifier: Mutex::new(None),
+            hold: Mutex::new(Hold::new()),
+            held: AtomicBool::new(false),
+            progress: AtomicU64::new(0),
+            syncing: AtomicU64::new(0),
+            released: Pool::new("released", RELEASE_THREADS)?,
+        }))
+    }
+
+    /// Gives the gate what invalidates attributes; no cut succeeds before that.
+    pub(super) fn set_notifier(&self, notifier: Notifier) {
+        *self.notifier.lock() = Some(notifier);
+    }
+
+    /// Carries a request out, now or when the hold allows it.
+    pub(super) fn pass(
+        &self,
+        kind: impl FnOnce() -> Kind,
+        job: impl FnOnce(Duration) + Send + 'static,
+    ) {
+        if self.held.load(Ordering::SeqCst) {
+            // To say what a request means may take a look-up, so not under the lock.
+            let kind = kind();
+            let mut hold = self.hold.lock();
+            if hold.judge(&kind) == Verdict::Park {
+                return hold.park(kind, Box::new(job));
+            }
+            if matches!(kind, Kind::Locks(_) | Kind::Times) {
+                self.advance();
+            }
+        }
+        job(FOREVER);
+    }
+
+    /// Answers for a file that has been opened for writing. It is in the table of open files by now: so either the
+    /// hold knows of it, or this sees the hold.
+    pub(super) fn opened(&self, job: impl FnOnce(Duration) + Send + 'static) {
+        self.pass(|| Kind::Makes, job);
+    }
+
+    /// How long the kernel may believe what a helper is told: in a cut not at all, or others could write.
+    pub(super) fn helpers_ttl(&self) -> Duration {
+        match self.held.load(Ordering::SeqCst) {
+            true => Duration::ZERO,
+            false => FOREVER,
+        }
+    }
+
+    /// A request was carried out that a seal may have waited for.
+    pub(super) fn advance(&self) {
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A sync is under way as long as the returned value lives.
+    pub(super) fn syncing(self: &Arc<Self>) -> Syncing {
+        self.syncing.fetch_add(1, Ordering::Relaxed);
+        Syncing(self.clone())
+    }
+
+    /// The helper's FSYNC of `node` has come: nothing of it is dirty, and the kernel holds its lock.
+    ///
+    /// # Errors
+    /// Those of [`Engine::cross_early`]; the cut fails with the helper's fsync(2).
+    pub(super) fn seal(&self, node: NodeId) -> Result<()> {
+        let mut hold = self.hold.lock();
+        let Phase::Held(next) = hold.phase else {
+            return Ok(()); // the flush before the hold
+        };
+        self.engine.cross_early(node, next)?;
+        hold.seal(node);
+        self.advance();
+        Ok(())
+    }
+
+    /// Has the kernel write back what it holds of a file that is open for writing, whoever has its lock.
+    ///
+    /// # Errors
+    /// `EIO` if a page could not be written.
+    pub(super) fn clean(&self, node: NodeId) -> Result<()> {
+        if self.engine.writable_nodes().binary_search(&node).is_err() {
+            return Ok(());
+        }
+        self.cleaner.ask(Order::Clean, &[node])
+    }
+
+    fn run(&self, parked: Vec<Parked<Job>>, ttl: Duration) {
+        for Parked { since, job, .. } in parked {
+            self.engine.note_wait(since.elapsed());
+            self.released.run(move || job(ttl));
+        }
+    }
+
+    /// Has the kernel forget the attributes of the files of a hold, so that the next write to each asks for them.
+    fn invalidate(&self, nodes: &[NodeId]) -> Result<()> {
+        let notifier = self.notifier.lock();
+        let notifier = notifier.as_ref().ok_or(Error::Os(Errno::BUSY))?;
+        for node in nodes {
+            // A negative offset: the attributes alone, no pages.
+            match notifier.inval_inode(INodeNo(*node), -1, 0) {
+                // Not in the kernel's memory, or not yet: it gets the attributes for no time then.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io(
+                        "cannot have the kernel forget",
+                        "attributes",
+                        &error,
+                    ));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Called while the helper makes the seals: resolves what waits for what is held here, and knows when to give up.
+    fn watch(&self, watch: &mut Watch) -> Result<()> {
+        if watch.began.elapsed() > LONGEST_HOLD {
+            log::warn!("no exact cut in {LONGEST_HOLD:?}: a file cannot be brought to it");
+            return Err(Errno::BUSY.into());
+        }
+        let progress = self.progress.load(Ordering::Relaxed);
+        if progress != watch.seen || self.syncing.load(Ordering::Relaxed) > 0 {
+            (watch.seen, watch.silent) = (progress, 0);
+            return Ok(());
+        }
+        watch.silent += 1;
+        if watch.silent >= STUCK {
+            let parked = self.hold.lock().take_questions();
+            self.run(parked, Duration::ZERO);
+        }
+        if watch.silent >= DEADLOCKED {
+            let parked = self.hold.lock().take_writes();
+            self.run(parked, FOREVER);
+        }
+        Ok(())
+    }
+}
+
+/// What is known of the progress of a round.
+struct Watch {
+    began: Instant,
+    seen: u64,
+    silent: u32,
+}
+
+impl Barrier for Gate {
+    fn prepare(&self) -> Result<()> {
+        self.helper.ask(Order::Take, &self.engine.writable_nodes())
+    }
+
+    fn bring(&self, next: Epoch) -> Result<Brought> {
+        let mut active: Vec<NodeId> = {
+            let mut hold = self.hold.lock();
+            self.held.store(true, Ordering::SeqCst);
+            hold.begin(next, || self.engine.writable_nodes().into_iter().collect());
+            hold.active.iter().copied().collect()
+        };
+        active.sort_unstable();
+        self.invalidate(&active)?;
+        let mut watch = Watch {
+            began: Instant::now(),
+            seen: 0,
+            silent: 0,
+        };
+        let gone = match cfg!(feature = "plant-no-seal") {
+            false => self.helper.seal(&active, &mut || self.watch(&mut watch))?,
+            // The planted bug: what the kernel still holds back is not asked for.
+            true => active.clone(),
+        };
+        for node in gone {
+            // The kernel has not been told of it yet, so it holds nothing of it, and writes to it will ask first.
+            self.seal(node)?;
+        }
+        let (brought, parked) = {
+            let mut hold = self.hold.lock();
+            if hold.sealed.len() != active.len() {
+                log::error!("the flush helper's fsync did not reach cowfs for some file");
+                return Err(Errno::IO.into());
+            }
+            hold.end_round()
+        };
+        self.run(parked, FOREVER);
+        Ok(brought)
+    }
+
+    fn release(&self) {
+        let parked = {
+            let mut hold = self.hold.lock();
+            self.held.store(false, Ordering::SeqCst);
+            hold.release()
+        };
+        self.run(parked, FOREVER);
+    }
+
+    fn finish(&self) {
+        // What is left of it would keep the mount from being unmounted.
+        if let Err(error) = self.helper.ask(Order::Drop, &[]) {
+            log::warn!("the flush helper keeps files open: {error}");
+        }
+    }
+}
+
+/// A sync that is under way.
+pub(super) struct Syncing(Arc<Gate>);
+
+impl Drop for Syncing {
+    fn drop(&mut self) {
+        self.0.syncing.fetch_sub(1, Ordering::Relaxed);
+        self.0.advance();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEXT: Epoch = Epoch(5);
+
+    /// A hold of the files 10, 11 and 12.
+    fn hold() -> Hold<&'static str> {
+        let mut hold = Hold::new();
+        hold.begin(NEXT, || HashSet::from([10, 11, 12]));
+        hold
+    }
+
+    fn asks(node: NodeId, of_write: bool) -> Kind {
+        Kind::Attributes { node, of_write }
+    }
+
+    fn jobs(parked: Vec<Parked<&'static str>>) -> Vec<&'static str> {
+        parked.into_iter().map(|parked| parked.job).collect()
+    }
+
+    #[test]
+    fn without_a_cut_everything_runs() {
+        let mut hold = Hold::<()>::new();
+        for kind in [
+            asks(10, true),
+            Kind::Makes,
+            Kind::Locks(vec![10]),
+            Kind::Times,
+        ] {
+            assert_eq!(hold.judge(&kind), Verdict::Run, "{kind:?}");
+        }
+        assert!(!hold.again);
+        assert!(!hold.seal(10), "a flush before the hold is no seal");
+    }
+
+    #[test]
+    fn writes_and_what_makes_something_wait() {
+        let mut hold = hold();
+        for kind in [
+            asks(10, true),
+            asks(10, false),
+            Kind::Makes,
+            Kind::Locks(vec![]),
+            Kind::Locks(vec![77]),
+        ] {
+            assert_eq!(hold.judge(&kind), Verdict::Park, "{kind:?}");
+        }
+        assert_eq!(hold.judge(&asks(77, true)), Verdict::Run);
+        assert!(!hold.again);
+    }
+
+    #[test]
+    fn whoever_has_the_lock_of_a_file_that_is_not_sealed_goes_on() {
+        let mut hold = hold();
+        assert_eq!(hold.judge(&Kind::Locks(vec![10])), Verdict::Run);
+        assert!(!hold.again, "nothing is out of the snapshot yet");
+        assert!(hold.seal(11));
+        assert_eq!(hold.judge(&Kind::Locks(vec![11])), Verdict::Park);
+        assert!(!hold.again);
+        // It may come after a write to 11 that is out of the snapshot.
+        assert_eq!(hold.judge(&Kind::Locks(vec![11, 10])), Verdict::Run);
+        assert!(hold.again);
+    }
+
+    #[test]
+    fn a_change_of_times_never_waits_for_a_seal() {
+        let mut hold = hold();
+        assert_eq!(hold.judge(&Kind::Times), Verdict::Run);
+        assert!(!hold.again);
+        hold.seal(10);
+        assert_eq!(hold.judge(&Kind::Times), Verdict::Run);
+        assert!(hold.again);
+    }
+
+    #[test]
+    fn a_round_that_does_not_count_lets_the_locks_go_and_is_repeated() {
+        let mut hold = hold();
+        hold.seal(10);
+        hold.park(Kind::Locks(vec![10]), "lock");
+        hold.park(asks(10, true), "write");
+        hold.park(Kind::Makes, "make");
+        hold.judge(&Kind::Locks(vec![11]));
+        let (brought, parked) = hold.end_round();
+        assert_eq!(brought, Brought::Again);
+        assert_eq!(jobs(parked), ["lock"]);
+        hold.begin(Epoch(6), || {
+            panic!("the files are those of the first round")
+        });
+        for node in [10, 11, 12] {
+            assert!(hold.seal(node));
+            assert!(!hold.seal(node), "a file is sealed once");
+        }
+        let (brought, parked) = hold.end_round();
+        assert_eq!(brought, Brought::All);
+        assert!(parked.is_empty());
+        // The epoch is about to advance: nothing may be in both.
+        for kind in [
+            asks(10, true),
+            Kind::Makes,
+            Kind::Locks(vec![10]),
+            Kind::Times,
+        ] {
+            assert_eq!(hold.judge(&kind), Verdict::Park, "{kind:?}");
+        }
+        assert_eq!(jobs(hold.release()), ["write", "make"]);
+        assert_eq!(hold.judge(&asks(10, true)), Verdict::Run);
+    }
+
+    #[test]
+    fn a_question_under_a_lock_is_answered_in_the_end() {
+        let mut hold = hold();
+        hold.seal(10);
+        hold.park(asks(10, true), "write to what is sealed");
+        hold.park(asks(11, true), "seek");
+        hold.park(asks(11, false), "permission");
+        assert_eq!(jobs(hold.take_questions()), ["permission"]);
+        assert!(!hold.again, "no write can go on by that");
+        assert_eq!(jobs(hold.take_writes()), ["seek"]);
+        assert!(hold.again);
+    }
+}

@@ -1,0 +1,89 @@
+//! Space: what the store takes, what its filesystem has left, and what is set aside for a full disk.
+
+use super::Store;
+use crate::error::{Error, Result};
+use crate::sync::Ordering;
+use rustix::fs::{CWD, FallocateFlags, Mode, OFlags};
+use std::path::Path;
+
+/// Name of the reserve in the directory of the store.
+const RESERVE: &str = "reserve";
+/// Enough for some segments that hold small records alone, and for an index of its smallest size.
+const RESERVE_BYTES: u64 = 8 << 20;
+
+/// Space in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Space {
+    /// Taken by journal and index.
+    pub used: u64,
+    /// Free on the filesystem of the store, for users other than root.
+    pub free: u64,
+    /// The size of that filesystem.
+    pub total: u64,
+}
+
+impl Store {
+    /// What the store takes, and what its filesystem has left. Asks the disk for the size of each segment.
+    ///
+    /// # Errors
+    /// Those of statvfs(3).
+    pub fn space(&self) -> Result<Space> {
+        let disk = rustix::fs::statvfs(&self.dir)
+            .map_err(|errno| Error::path("cannot ask for free space", &self.dir, errno))?;
+        let numbers: Vec<u32> = self.journal.known.lock().keys().copied().collect();
+        let segments = numbers
+            .into_iter()
+            .map(|number| self.journal.media.allocated(number).unwrap_or(0));
+        Ok(Space {
+            used: segments.sum::<u64>() + self.layers.index.allocated(),
+            free: disk.f_bavail * disk.f_frsize,
+            total: disk.f_blocks * disk.f_frsize,
+        })
+    }
+
+    /// Makes the segment that the next append may need, so that it need not be made on a full disk.
+    ///
+    /// # Errors
+    /// As [`Store::keep_attr`].
+    pub fn make_ready(&self) -> Result<()> {
+        match self.journal.tail() {
+            Some(_) => self.journal.prepare_early(),
+            None => self.journal.prepare(),
+        }
+    }
+
+    /// Sets the reserve aside if it is not there and there is room for it, and room for the index.
+    pub fn keep_reserve(&self) {
+        self.keep_index_room();
+        if self.reserved.load(Ordering::Relaxed) {
+            return;
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let path = self.dir.join(RESERVE);
+        let Ok(file) = rustix::fs::openat(CWD, &path, flags, Mode::from_raw_mode(0o600)) else {
+            return;
+        };
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES) {
+            Ok(()) => self.reserved.store(true, Ordering::Relaxed),
+            Err(errno) => {
+                log::debug!("no room for a reserve: {errno}");
+                self.drop_reserve();
+            }
+        }
+    }
+
+    /// Gives the reserve up. False if there is none.
+    pub fn drop_reserve(&self) -> bool {
+        self.reserved.store(false, Ordering::Relaxed);
+        std::fs::remove_file(self.dir.join(RESERVE)).is_ok()
+    }
+}
+
+/// Gives up the reserve of a store that is being opened.
+pub(super) fn drop_reserve_in(dir: &Path) {
+    if let Err(error) = std::fs::remove_file(dir.join(RESERVE))
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        log::debug!("the reserve is not given up: {error}");
+    }
+}

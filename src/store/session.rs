@@ -1,0 +1,335 @@
+//! The session file: what a power cut may have taken, known durably before it can happen (C8).
+//!
+//! A session is the life of one process with the store. While records are in the journal that are not durable
+//! yet, though the changes that they guard may be applied (durability `ordered`), the file says *dirty*. It
+//! says how far snapshots are *settled* too: all that they show was durable once, at or after their cut. And it
+//! names the boot of the machine, which tells a process that was killed, and lost nothing, from a machine that
+//! went down. docs/FORMAT.md has the bytes and the argument.
+
+use super::Store;
+use super::codec::{Reader, Writer};
+use super::media::{Media, MediaFile};
+use super::types::{SnapshotInfo, SnapshotState};
+use crate::error::{Error, Result};
+use crate::ids::Epoch;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use rustix::io::Errno;
+use std::path::Path;
+
+/// Two slots, written in turn: one that is torn leaves the other, with what held before.
+const SLOT: u64 = 4096;
+const MAGIC: &[u8; 8] = b"cowfssn1";
+/// Magic, sequence, uuid, boot, settled, dirty, checksum.
+const LEN: usize = 8 + 8 + 16 + 16 + 8 + 1 + 4;
+
+/// What the file says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct State {
+    /// Counts the writes; the slot with the higher one holds.
+    sequence: u64,
+    boot: u128,
+    /// Snapshots up to this one are settled.
+    settled: Epoch,
+    dirty: bool,
+}
+
+impl State {
+    fn encode(&self, uuid: u128) -> Vec<u8> {
+        let mut w = Writer::default();
+        w.raw(MAGIC);
+        w.u64(self.sequence);
+        w.raw(&uuid.to_le_bytes());
+        w.raw(&self.boot.to_le_bytes());
+        w.u64(self.settled.0);
+        w.u8(u8::from(self.dirty));
+        let crc = crc32c::crc32c(&w.0);
+        w.u32(crc);
+        w.0
+    }
+
+    /// `None` for bytes that are no whole slot of the store `uuid`.
+    fn decode(bytes: &[u8], uuid: u128) -> Option<Self> {
+        let (body, crc) = bytes.get(..LEN)?.split_last_chunk::<4>()?;
+        if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+            return None;
+        }
+        let mut r = Reader(body.strip_prefix(MAGIC)?);
+        let state = |r: &mut Reader<'_>| -> Result<(u128, Self)> {
+            let sequence = r.u64()?;
+            let (uuid, boot) = (r.u128()?, r.u128()?);
+            let (settled, dirty) = (Epoch(r.u64()?), r.u8()? != 0);
+            let state = Self {
+                sequence,
+                boot,
+                settled,
+                dirty,
+            };
+            Ok((uuid, state))
+        };
+        state(&mut r)
+            .ok()
+            .filter(|(of, _)| *of == uuid)
+            .map(|s| s.1)
+    }
+}
+
+/// The session of this process.
+pub(super) struct Session {
+    file: Arc<dyn MediaFile>,
+    uuid: u128,
+    /// The machine's boot; `None`: no sessions are kept.
+    boot: Option<u128>,
+    /// The machine went down since the last session.
+    pub(super) went_down: bool,
+    /// What the file says durably; `None`: there was no file, or nothing readable in it. Held while the file is
+    /// written, and while a session that was dirty is made clean.
+    written: Mutex<Option<State>>,
+    /// `written` is dirty, and stays so until somebody takes its lock.
+    dirty: AtomicBool,
+    /// `written.settled`, to be read without the lock.
+    settled: AtomicU64,
+}
+
+impl Session {
+    /// Reads what the last session has left, for one on the machine's boot `boot`.
+    pub(super) fn read(media: &dyn Media, uuid: u128, boot: Option<u128>) -> Result<Self> {
+        let file = media.session()?;
+        let mut found: Option<State> = None;
+        for slot in 0..2 {
+            let mut bytes = [0; LEN];
+            let read = file.read_at(&mut bytes, slot * SLOT)?;
+            let state = State::decode(&bytes[..read], uuid);
+            if state.map(|s| s.sequence) > found.map(|s| s.sequence) {
+                found = state;
+            }
+        }
+        let last = found.map(|state| state.boot);
+        Ok(Self {
+            file,
+            uuid,
+            boot,
+            went_down: boot.is_some() && last.is_some() && last != boot,
+            written: Mutex::new(found),
+            dirty: AtomicBool::new(false),
+            settled: AtomicU64::new(found.map_or(0, |state| state.settled.0)),
+        })
+    }
+}
+
+impl Session {
+    /// The machine has not gone down since the last session, as far as is known.
+    pub(super) fn stayed_up(&self) -> bool {
+        let known = self.boot.is_some() && self.written.lock().is_some();
+        known && !self.went_down
+    }
+}
+
+/// The number of the machine's present boot (random(4)).
+///
+/// # Errors
+/// [`Error::Path`] if /proc is not there: without it a power cut could not be told.
+pub fn boot_id() -> Result<u128> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read", path, &e))?;
+    let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&hex, 16).map_err(|_| Error::path("cannot read", path, Errno::INVAL))
+}
+
+impl Store {
+    /// Makes `next`, numbered anew, what the session file says, durably.
+    fn write_session(&self, written: &mut Option<State>, next: State) -> Result<()> {
+        let session = &self.session;
+        let sequence = written.map_or(1, |state| state.sequence + 1);
+        let next = State { sequence, ..next };
+        let place = sequence % 2 * SLOT;
+        session
+            .file
+            .write_at(&next.encode(session.uuid), place)
+            .inspect_err(|error| self.journal.poison.fail(error))?;
+        // What the file says after this has failed nobody knows.
+        session
+            .file
+            .sync()
+            .inspect_err(|error| self.journal.poison.fail_for_good(error))?;
+        *written = Some(next);
+        session.settled.store(next.settled.0, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Begins the session of this process, if sessions are kept. If the last one ended with the machine, the
+    /// snapshots that may have missed a pre-image, or what they show, become suspect, durably. So do all if
+    /// records are lost, or nothing is known of the last session. Returns those that became suspect.
+    ///
+    /// Done twice, as after a crash in the middle, it comes to the same.
+    ///
+    /// # Errors
+    /// As [`Store::sync`].
+    pub fn begin_session(&self) -> Result<Vec<SnapshotInfo>> {
+        let Some(boot) = self.session.boot else {
+            return Ok(Vec::new());
+        };
+        let mut written = self.session.written.lock();
+        let last = *written;
+        // Opening has made durable what it found of the journal.
+        let went_down = last.is_none_or(|last| last.boot != boot);
+        let settled = last.map_or(Epoch(0), |last| last.settled);
+        let doubtful = |epoch: Epoch| match last {
+            _ if self.opened.lost => true,
+            None => true,
+            Some(last) => went_down && (last.dirty || epoch > settled),
+        };
+        let suspect = self.mark_suspect(doubtful)?;
+        // What there is after a power cut is on the disk.
+        let settled = if went_down {
+            self.epoch()
+        } else {
+            settled.min(self.epoch())
+        };
+        let next = State {
+            sequence: 0,
+            boot,
+            settled,
+            dirty: false,
+        };
+        self.write_session(&mut written, next)?;
+        if last.is_none() {
+            // Both slots are there from now on, so that a later write changes no size; and the name is.
+            self.write_session(&mut written, next)?;
+            self.journal.media.sync_names()?;
+        }
+        Ok(suspect)
+    }
+
+    /// Whether the machine went down since the last session, as far as sessions are kept.
+    #[must_use]
+    pub fn went_down(&self) -> bool {
+        self.session.went_down
+    }
+
+    /// Makes the snapshots that are ready and `doubtful` suspect, durably; returns them.
+    ///
+    /// # Errors
+    /// As [`Store::sync`].
+    pub fn mark_suspect(&self, doubtful: impl Fn(Epoch) -> bool) -> Result<Vec<SnapshotInfo>> {
+        let due = |s: &SnapshotInfo| s.state == SnapshotState::Ready && doubtful(s.epoch);
+        if !self.snapshots().iter().any(|s| due(s)) {
+            return Ok(Vec::new());
+        }
+        let marked = self
+            .snapshots
+            .mark(&self.journal, due, SnapshotState::Suspect)?;
+        self.sync()?;
+        Ok(marked)
+    }
+
+    /// To be called before a record is appended that will not be synced before the change that it guards is
+    /// applied, and again after: the session is dirty, durably, when it returns. The second call is for the case
+    /// that the session was made clean in between.
+    ///
+    /// # Errors
+    /// As [`Store::keep_attr`]; an error of the second call poisons the store, since the record is there.
+    pub fn mark_dirty(&self, appended: bool) -> Result<()> {
+        if self.session.dirty.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let mut written = self.session.written.lock();
+        self.journal.poison.check()?;
+        match *written {
+            // A store without a session: nobody asked for one.
+            None => return Ok(()),
+            Some(last) if last.dirty => {}
+            Some(last) => {
+                let next = State {
+                    dirty: true,
+                    ..last
+                };
+                self.write_session(&mut written, next)
+                    .inspect_err(|error| {
+                        if appended {
+                            self.journal.poison.fail_for_good(error);
+                        }
+                    })?;
+            }
+        }
+        self.session.dirty.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Makes the journal durable and the session clean. Nobody but the first who appends after it waits for it.
+    ///
+    /// # Errors
+    /// As [`Store::sync`]; then the session is dirty as before.
+    pub fn mark_clean(&self) -> Result<()> {
+        let mut written = self.session.written.lock();
+        let Some(last) = written.filter(|last| last.dirty) else {
+            return Ok(());
+        };
+        // In this order: whoever appended before it found the flag up, and what it appended is synced; whoever
+        // finds it down waits for the lock, and finds the store poisoned if this fails half-way.
+        self.session.dirty.store(false, Ordering::SeqCst);
+        self.journal.sync()?;
+        let next = State {
+            dirty: false,
+            ..last
+        };
+        self.write_session(&mut written, next)
+    }
+
+    /// Whether the session is dirty.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.session.dirty.load(Ordering::SeqCst)
+    }
+
+    /// The last snapshot that is settled: what it and those before it show was durable at or after their cuts.
+    #[must_use]
+    pub fn settled(&self) -> Epoch {
+        Epoch(self.session.settled.load(Ordering::SeqCst))
+    }
+
+    /// Notes, durably, that the snapshots up to `epoch`, which are in the journal, are settled: the caller has
+    /// made the backing directory durable since the cut.
+    ///
+    /// # Errors
+    /// As [`Store::sync`].
+    pub fn mark_settled(&self, epoch: Epoch) -> Result<()> {
+        // The number of a snapshot whose record is lost may be given to another, which is not settled.
+        self.journal.sync()?;
+        let mut written = self.session.written.lock();
+        match *written {
+            Some(last) if last.settled < epoch => {
+                let next = State {
+                    settled: epoch,
+                    ..last
+                };
+                self.write_session(&mut written, next)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_comes_back_whole_or_not_at_all() {
+        let state = State {
+            sequence: 7,
+            boot: 1 << 100,
+            settled: Epoch(9),
+            dirty: true,
+        };
+        let bytes = state.encode(5);
+        assert_eq!(bytes.len(), LEN);
+        assert_eq!(State::decode(&bytes, 5), Some(state));
+        assert_eq!(State::decode(&bytes, 6), None);
+        for at in 0..LEN {
+            assert_eq!(State::decode(&bytes[..at], 5), None);
+            let mut torn = bytes.clone();
+            torn[at] ^= 1;
+            assert_eq!(State::decode(&torn, 5), None);
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! A store without room, on real mounts (C9): writers go on, every snapshot that is still there is right, and the
+//! others say what became of them.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use rustix::fs::XattrFlags;
+use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use support::{Mount, Outcome, cowfs_bin, open_the_way, run};
+
+const LIMIT: Duration = Duration::from_secs(240);
+const MIB: usize = 1 << 20;
+
+fn cowfs(args: &[&str], path: &Path, rest: &[&str]) -> Outcome {
+    let mut command = Command::new(cowfs_bin());
+    run(command.args(args).arg(path).args(rest), LIMIT)
+}
+
+fn open_rw(path: &Path) -> File {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .unwrap()
+}
+
+/// The snapshots of a mount: name and state.
+fn states(mount: &Mount) -> Vec<(String, String)> {
+    let listed = cowfs(&["snapshot", "list"], &mount.mnt, &["--json"]).success("list");
+    let listed: serde_json::Value = serde_json::from_str(&listed.stdout).unwrap();
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let rows = listed.as_array().unwrap().iter();
+    rows.map(|row| (text(&row["name"]), text(&row["state"])))
+        .collect()
+}
+
+fn status(mount: &Mount) -> serde_json::Value {
+    let status = cowfs(&["status"], &mount.mnt, &["--json"]).success("status");
+    serde_json::from_str(&status.stdout).unwrap()
+}
+
+/// Checks every snapshot `s<n>`, which has the byte n in all of `f`; returns how many are right.
+fn check(mount: &Mount, size: usize) -> usize {
+    let mut right = 0;
+    for (name, state) in states(mount) {
+        let f = mount.snapshot_path(&name).join("f");
+        match state.as_str() {
+            "ok" => {
+                let byte: u8 = name[1..].parse().unwrap();
+                // One that is given up just now says so.
+                match fs::read(&f) {
+                    Ok(bytes) => {
+                        assert!(bytes == vec![byte; size], "{name} is not what it was");
+                        right += 1;
+                    }
+                    Err(error) => {
+                        let given_up = !states(mount).contains(&(name.clone(), "ok".into()));
+                        assert!(given_up, "{name}: {error}");
+                    }
+                }
+            }
+            "invalid" => {
+                let error = fs::read(&f).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EIO), "{name}: {error}");
+                let error = fs::read_dir(mount.snapshot_path(&name)).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EIO), "{name}: {error}");
+            }
+            other => panic!("{name} is {other}"),
+        }
+    }
+    right
+}
+
+/// The disk fills again and again. No writer ever fails, what snapshots are left is right, also after the daemon
+/// was killed in the middle of it.
+#[test]
+fn writers_go_on_while_the_disk_fills() {
+    let size = 8 * MIB;
+    let mount = Mount::on_own_disk("fills", LIMIT, 160);
+    let file = open_rw(&mount.mnt.join("f"));
+    file.write_all_at(&vec![0; size], 0).unwrap();
+    let mut file = file;
+    let (mut kept, mut gone) = (0, false);
+    for cut in 0..60_u8 {
+        mount.snapshot(&format!("s{cut}"));
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // Beside it another writer makes, changes and removes files.
+            let other = scope.spawn(|| {
+                let mut n = 0_u32;
+                while !stop.load(Ordering::Relaxed) {
+                    let path = mount.mnt.join(format!("other{}", n % 7));
+                    fs::write(&path, vec![n as u8; 100_000]).unwrap();
+                    if n.is_multiple_of(3) {
+                        fs::remove_file(&path).unwrap();
+                    }
+                    n += 1;
+                }
+            });
+            for at in 0..size / MIB {
+                file.write_all_at(&vec![cut + 1; MIB], (at * MIB) as u64)
+                    .unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+            other.join().unwrap();
+        });
+        if cut % 6 == 5 {
+            kept += check(&mount, size);
+            gone |= states(&mount).len() < usize::from(cut);
+        }
+        if cut % 20 == 13 {
+            mount.kill9();
+            mount.recover();
+            kept += check(&mount, size);
+            let live = fs::read(mount.mnt.join("f")).unwrap();
+            assert!(live == vec![cut + 1; size], "the live file after {cut}");
+            file = open_rw(&mount.mnt.join("f"));
+        }
+    }
+    assert!(gone, "the disk never filled");
+    assert!(kept > 0, "no snapshot was ever right");
+    drop(file);
+    mount.remount();
+    check(&mount, size);
+}
+
+/// A limit is kept to, what is held is not deleted, and the status tells of it before it happens.
+#[test]
+fn a_limit_holds_and_what_is_held_stays() {
+    let size = 4 * MIB;
+    let mount = Mount::new("limit", LIMIT);
+    mount.remount_with("store-limit=48M");
+    let file = open_rw(&mount.mnt.join("f"));
+    file.write_all_at(&vec![0; size], 0).unwrap();
+    assert_eq!(status(&mount)["space"]["state"], "ok");
+    mount.snapshot("s0");
+    cowfs(&["snapshot", "hold"], &mount.mnt, &["s0"]).success("hold");
+    let mut warned = false;
+    for cut in 1..30_u8 {
+        file.write_all_at(&vec![cut; size], 0).unwrap();
+        mount.snapshot(&format!("s{cut}"));
+        let space = &status(&mount)["space"];
+        warned |= space["state"] == "filling" || space["state"] == "nearly-full";
+        assert_eq!(space["limit"], 48 << 20);
+        // What the index takes by the way may come on top.
+        assert!(space["used"].as_u64().unwrap() <= 60 << 20, "{space}");
+        // At this pace the upkeep keeps up.
+        std::thread::sleep(Duration::from_millis(150));
+    }
+    assert!(warned, "nothing was said before the store was full");
+    check(&mount, size);
+    let states = states(&mount);
+    assert!(states.len() < 20, "{states:?}");
+    assert!(states.iter().any(|(name, _)| name == "s0"), "{states:?}");
+    let refused = cowfs(&["snapshot", "delete"], &mount.mnt, &["s0"]);
+    assert_eq!(refused.status.code(), Some(7));
+    assert!(refused.stderr.contains("held"), "{}", refused.stderr);
+    let error = fs::remove_dir(mount.snapshot_path("s0")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ResourceBusy);
+    cowfs(&["snapshot", "release"], &mount.mnt, &["s0"]).success("release");
+    cowfs(&["snapshot", "delete"], &mount.mnt, &["s0"]).success("delete");
+}
+
+/// The other two modes, on a disk that is really full.
+#[test]
+fn the_other_modes_do_as_they_say() {
+    let size = 8 * MIB;
+    let mount = Mount::on_own_disk("modes", LIMIT, 120);
+    let file = open_rw(&mount.mnt.join("f"));
+    file.write_all_at(&vec![0; size], 0).unwrap();
+    // Left alone until the end: no snapshot has a pre-image of it.
+    fs::write(mount.mnt.join("g"), vec![7; 4 * MIB]).unwrap();
+    drop(file);
+    mount.remount_with("on-full=enospc");
+    let file = open_rw(&mount.mnt.join("f"));
+    let (mut cuts, mut failed) = (0_u8, None);
+    'fill: while cuts < 40 {
+        mount.snapshot(&format!("s{cuts}"));
+        cuts += 1;
+        for at in 0..size / MIB {
+            let write = file.write_all_at(&vec![cuts; MIB], (at * MIB) as u64);
+            if let Err(error) = write {
+                failed = Some(error);
+                break 'fill;
+            }
+        }
+    }
+    assert_eq!(failed.unwrap().kind(), ErrorKind::StorageFull);
+    assert_eq!(check(&mount, size), usize::from(cuts));
+    assert!(states(&mount).iter().all(|(_, state)| state == "ok"));
+    // What is on the full disk can be removed, and is still in the snapshots.
+    drop(file);
+    fs::remove_file(mount.mnt.join("f")).unwrap();
+    assert_eq!(check(&mount, size), usize::from(cuts));
+    let before = states(&mount).len();
+    mount.remount_with("on-full=invalidate");
+    let filler = open_rw(&mount.mnt.join("filler"));
+    let mut at = 0;
+    while filler.write_all_at(&[7; 64 << 10], at).is_ok() {
+        at += 64 << 10;
+    }
+    let newest = format!("s{cuts}");
+    // It takes a record, for which there is room, or none.
+    let made = fs::create_dir(mount.snapshot_path(&newest)).is_ok();
+    // Nobody has the room for these pre-images, so all miss them and none is deleted.
+    let other = open_rw(&mount.mnt.join("g"));
+    for at in 0..4 {
+        other.write_all_at(&vec![8; MIB], at * MIB as u64).unwrap();
+    }
+    let states = states(&mount);
+    assert_eq!(states.len(), before + usize::from(made), "{states:?}");
+    assert!(
+        states.iter().all(|(_, state)| state == "invalid"),
+        "{states:?}"
+    );
+    check(&mount, size);
+}
+
+/// A store on another filesystem may be full while the data has room, and the files that are retained stay with
+/// the data.
+#[test]
+fn a_store_elsewhere_may_be_full_by_itself() {
+    let mount = Mount::new("elsewhere", LIMIT);
+    mount.umount();
+    fs::remove_dir_all(mount.backing.join(".cowfs")).unwrap();
+    let disk = Mount::on_own_disk("store", LIMIT, 64);
+    disk.umount();
+    let store = disk.backing.join("store");
+    mount.mount_with(&format!("store={}", store.display()));
+    let file = open_rw(&mount.mnt.join("f"));
+    let size = 8 * MIB;
+    file.write_all_at(&vec![0; size], 0).unwrap();
+    fs::write(mount.mnt.join("gone"), vec![5; 3 * MIB]).unwrap();
+    for cut in 0..20_u8 {
+        mount.snapshot(&format!("s{cut}"));
+        file.write_all_at(&vec![cut + 1; size], 0).unwrap();
+    }
+    check(&mount, size);
+    assert!(states(&mount).len() < 20);
+    mount.snapshot("s20");
+    fs::remove_file(mount.mnt.join("gone")).unwrap();
+    let seen = fs::read(mount.snapshot_path("s20").join("gone")).unwrap();
+    assert!(seen == vec![5; 3 * MIB]);
+    let retained = fs::read_dir(mount.backing.join(".cowfs/retained")).unwrap();
+    assert_eq!(retained.count(), 1);
+    drop(file);
+    mount.umount();
+}
+
+/// Who may create snapshots, and who may not.
+#[test]
+fn users_create_snapshots_if_they_are_let() {
+    let mount = Mount::new("users", LIMIT);
+    open_the_way(&mount.mnt);
+    fs::set_permissions(&mount.mnt, fs::Permissions::from_mode(0o777)).unwrap();
+    let as_nobody = |program: &str, path: &Path| {
+        let mut command = Command::new(program);
+        run(command.arg(path).uid(65534).gid(65534), LIMIT)
+            .status
+            .success()
+    };
+    assert!(!as_nobody("mkdir", &mount.snapshot_path("s1")));
+    mount.remount_with("user-snapshots");
+    assert!(as_nobody("mkdir", &mount.snapshot_path("s1")));
+    assert!(!as_nobody("rmdir", &mount.snapshot_path("s1")));
+    let path = mount.snapshot_path("s1");
+    let held = rustix::fs::setxattr(&path, "user.cowfs.held", b"2", XattrFlags::empty());
+    assert_eq!(held, Err(rustix::io::Errno::INVAL));
+    // With an ACL the mode does not say who may write, so nobody else may.
+    fs::set_permissions(&mount.mnt, fs::Permissions::from_mode(0o755)).unwrap();
+    assert!(!as_nobody("mkdir", &mount.snapshot_path("s2")));
+    fs::remove_dir(&path).unwrap();
+}

@@ -1,0 +1,289 @@
+//! `cache=writeback`: who gets it, and what becomes of it when a process of it dies. The exact cut itself is tested in
+//! `mounted_cut` and by `tests/py/writeback.py`.
+//!
+//! `COWFS_TAKEOVER_ROUNDS` (20), `COWFS_KILL_ROUNDS` (15), `COWFS_SEED`.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use rustix::process::{Signal, kill_process};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+use support::model::Random;
+use support::user::{Who, again};
+use support::{Mount, env_number, own_script, python_with, seed};
+
+const OPTION: &str = "cache=writeback";
+const LIMIT: Duration = Duration::from_secs(600);
+
+fn writeback(name: &str) -> Mount {
+    let mount = Mount::with(name, LIMIT, OPTION);
+    assert_eq!(mount.cache(), "writeback", "{}", mount.log());
+    mount
+}
+
+#[test]
+fn root_gets_it_and_keeps_it_over_a_takeover() {
+    let mount = writeback("wb-root");
+    let file = fs::File::create(mount.mnt.join("file")).unwrap();
+    file.write_all_at(b"before", 0).unwrap();
+    mount.kill_server();
+    // The kernel goes on holding writes back, so the next server must make its cuts.
+    file.write_all_at(b"after ", 0).unwrap();
+    let snapshot = mount.snapshot("s");
+    assert_eq!(fs::read(snapshot.join("file")).unwrap(), b"after ");
+    assert_eq!(mount.takeovers(), 1);
+    assert_eq!(mount.cache(), "writeback");
+}
+
+#[test]
+fn a_mount_that_cannot_be_changed_has_no_use_for_it() {
+    let mount = Mount::with("wb-ro", LIMIT, "ro,cache=writeback");
+    assert_eq!(mount.cache(), "write-through");
+}
+
+/// Run again by [`others_get_write_through_and_are_told`].
+#[test]
+fn what_a_user_gets() {
+    let mount = Mount::with("wb-user", LIMIT, OPTION);
+    let root = std::env::var_os("COWFS_PY").is_none();
+    assert_eq!(mount.cache() == "writeback", root);
+    assert_eq!(mount.log().contains("takes the place of"), !root);
+    let file = fs::File::create(mount.mnt.join("file")).unwrap();
+    file.write_all_at(b"bytes", 0).unwrap();
+    let snapshot = mount.snapshot("s");
+    assert_eq!(fs::read(snapshot.join("file")).unwrap(), b"bytes");
+}
+
+#[test]
+fn others_get_write_through_and_are_told() {
+    for who in [Who::User, Who::Namespace] {
+        again("what_a_user_gets", who, &[], LIMIT);
+    }
+}
+
+/// What the helper had open for a cut must not keep the mount busy when its users are gone.
+#[test]
+fn a_cut_leaves_nothing_open() {
+    let mount = writeback("wb-busy");
+    for round in 0..10 {
+        let files: Vec<fs::File> = (0..20)
+            .map(|k| fs::File::create(mount.mnt.join(format!("f{k}"))).unwrap())
+            .collect();
+        for file in &files {
+            file.write_all_at(b"bytes", round).unwrap();
+        }
+        mount.snapshot(&format!("s{round}"));
+        drop(files);
+        let plain = std::process::Command::new("umount")
+            .arg(&mount.mnt)
+            .status()
+            .unwrap();
+        assert!(plain.success(), "round {round}: umount: {plain}");
+        mount.mount();
+    }
+}
+
+/// Holes are those that the program made, also while what it wrote is still in the kernel.
+#[test]
+fn holes_are_told_as_they_are() {
+    const MIB: u64 = 1 << 20;
+    let mount = writeback("wb-holes");
+    let path = mount.mnt.join("sparse");
+    let file = fs::File::create(&path).unwrap();
+    file.set_len(4 * MIB).unwrap();
+    file.write_all_at(&[1; 4096], 2 * MIB).unwrap();
+    let seek = |file: &fs::File, from: rustix::fs::SeekFrom| rustix::fs::seek(file, from).unwrap();
+    let data = |file: &fs::File| {
+        let start = seek(file, rustix::fs::SeekFrom::Data(0));
+        (start, seek(file, rustix::fs::SeekFrom::Hole(start)))
+    };
+    assert_eq!(data(&file), (2 * MIB, 2 * MIB + 4096));
+    file.write_all_at(&[1; 4096], MIB).unwrap();
+    let snapshot = mount.snapshot("s");
+    assert_eq!(data(&file), (MIB, MIB + 4096));
+    let kept = fs::File::open(snapshot.join("sparse")).unwrap();
+    assert_eq!(data(&kept), (MIB, MIB + 4096));
+}
+
+/// Ends the other threads of a test, also when it fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Waits until every writer has synced.
+fn wait_for_all(synced: &[AtomicU64]) {
+    while synced.iter().any(|value| value.load(Ordering::SeqCst) == 0) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Writers of counters, and what they have written.
+fn count(mount: &Mount, number: usize, done: &AtomicBool, synced: &AtomicU64) {
+    let file = fs::File::create(mount.mnt.join(format!("count-{number}"))).unwrap();
+    let mut value = 0_u64;
+    while !done.load(Ordering::SeqCst) {
+        value += 1;
+        let written = file.write_all_at(&value.to_le_bytes().repeat(700), 0);
+        let kept = written.and_then(|()| match value.is_multiple_of(5) {
+            true => file.sync_all(),
+            false => Ok(()),
+        });
+        match kept {
+            Ok(()) if value.is_multiple_of(5) => synced.store(value, Ordering::SeqCst),
+            Ok(()) => {}
+            Err(_) if done.load(Ordering::SeqCst) => return,
+            Err(error) => panic!("VIOLATION: writer {number}: {error}"),
+        }
+    }
+}
+
+fn counter(path: &std::path::Path) -> u64 {
+    let bytes = fs::read(path).unwrap();
+    let first = bytes
+        .first_chunk::<8>()
+        .map_or(0, |b| u64::from_le_bytes(*b));
+    let whole = bytes.chunks_exact(8).all(|b| b == first.to_le_bytes());
+    assert!(whole, "VIOLATION: {} is torn", path.display());
+    first
+}
+
+/// A cut whose helper dies fails or succeeds, and nobody else sees anything of it.
+#[test]
+fn a_dead_helper_fails_a_cut_and_holds_up_nobody() {
+    let mount = writeback("wb-helper");
+    let done = AtomicBool::new(false);
+    let synced: Vec<AtomicU64> = (0..4).map(|_| AtomicU64::new(0)).collect();
+    let (mut made, mut failed) = (0, 0);
+    std::thread::scope(|scope| {
+        let _stop = Stop(&done);
+        for (number, synced) in synced.iter().enumerate() {
+            let (mount, done) = (&mount, &done);
+            scope.spawn(move || count(mount, number, done, synced));
+        }
+        wait_for_all(&synced);
+        let killer = scope.spawn(|| {
+            let mut random = Random::new(seed("helper"));
+            while !done.load(Ordering::SeqCst) {
+                for pid in mount.helpers() {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
+                std::thread::sleep(Duration::from_millis(random.below(100) as u64));
+            }
+        });
+        for number in 0..60 {
+            let low: Vec<u64> = synced.iter().map(|s| s.load(Ordering::SeqCst)).collect();
+            let path = mount.snapshot_path(format!("s{number}"));
+            match fs::create_dir(&path) {
+                Ok(()) => {
+                    made += 1;
+                    for (n, low) in low.iter().enumerate() {
+                        let shown = counter(&path.join(format!("count-{n}")));
+                        assert!(shown >= *low, "VIOLATION: s{number} lacks what was synced");
+                    }
+                }
+                Err(error) => {
+                    failed += 1;
+                    assert_eq!(error.raw_os_error(), Some(5), "{error}");
+                    assert!(!path.exists());
+                }
+            }
+        }
+        done.store(true, Ordering::SeqCst);
+        killer.join().unwrap();
+        for _ in 0..3 {
+            // a helper that is gone is replaced
+            let _ = fs::create_dir(mount.snapshot_path("last"));
+        }
+        assert!(mount.snapshot_path("last").exists());
+    });
+    println!("{made} cuts were made, {failed} failed with their helper");
+    assert!(made > 0);
+}
+
+/// Every kind of change in one order, by processes that see no error, while one server after the other dies, in the
+/// middle of cuts too.
+#[test]
+fn cuts_are_exact_over_takeovers() {
+    let rounds = env_number("COWFS_TAKEOVER_ROUNDS", 20);
+    let mut random = Random::new(seed("writeback takeover"));
+    let mount = writeback("wb-takeover");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let killer = scope.spawn(|| {
+            let mut killed = 0;
+            while killed < rounds && !done.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1000 + random.below(1500) as u64));
+                mount.kill_server();
+                killed += 1;
+            }
+        });
+        let _stop = Stop(&done);
+        let slowly = [("COWFS_CHAIN_SECONDS", "30"), ("COWFS_CHAIN_ROUNDS", "2")];
+        python_with(&own_script("writeback"), &mount, LIMIT, &slowly);
+        done.store(true, Ordering::SeqCst);
+        killer.join().unwrap();
+    });
+    println!("{} takeovers", mount.takeovers());
+    assert!(mount.takeovers() > 3);
+}
+
+/// What the kernel still holds back when daemon and keeper are killed is lost, as with any filesystem that crashes. What
+/// was synced is there, and so are the snapshots, as they were.
+#[test]
+fn what_was_synced_and_the_snapshots_outlive_kill_9() {
+    let rounds = env_number("COWFS_KILL_ROUNDS", 15);
+    let mut random = Random::new(seed("writeback kill"));
+    let mount = writeback("wb-kill");
+    let mut snapshots: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    let read = |path: &std::path::Path| -> Vec<u64> {
+        (0..3)
+            .map(|n| counter(&path.join(format!("count-{n}"))))
+            .collect()
+    };
+    for round in 0..rounds {
+        let done = AtomicBool::new(false);
+        let synced: Vec<AtomicU64> = (0..3).map(|_| AtomicU64::new(0)).collect();
+        std::thread::scope(|scope| {
+            for number in 0..3 {
+                let (mount, done, synced) = (&mount, &done, &synced[number]);
+                scope.spawn(move || count(mount, number, done, synced));
+            }
+            let _stop = Stop(&done);
+            wait_for_all(&synced);
+            for number in 0..2 {
+                let name = format!("r{round}-{number}");
+                let path = mount.snapshot(&name);
+                snapshots.insert(name, read(&path));
+            }
+            std::thread::sleep(Duration::from_millis(random.below(40) as u64));
+            done.store(true, Ordering::SeqCst);
+            mount.kill9();
+        });
+        mount.recover();
+        for (number, synced) in synced.iter().enumerate() {
+            // A later write may be there in part.
+            let bytes = fs::read(mount.mnt.join(format!("count-{number}"))).unwrap();
+            let words = bytes
+                .chunks_exact(8)
+                .map(|b| u64::from_le_bytes(b.try_into().unwrap()));
+            let (there, synced) = (words.min().unwrap(), synced.load(Ordering::SeqCst));
+            assert!(
+                there >= synced,
+                "VIOLATION in round {round}: {there} is there, {synced} was synced"
+            );
+        }
+        for (name, shown) in &snapshots {
+            let now = read(&mount.snapshot_path(name));
+            assert_eq!(&now, shown, "VIOLATION in round {round}: snapshot {name}");
+        }
+    }
+}
