@@ -211,11 +211,12 @@ impl Engine {
 
     /// Has `barrier` bring every object to the cut. Returns the epoch that begins with it, with its guard in place.
     fn bring_all(&self, barrier: &dyn Barrier) -> Result<Epoch> {
-        for _ in 0..MOST_ROUNDS {
+        for round in 1..=MOST_ROUNDS {
             let next = self.epochs.current().next();
             self.guard_cut(Some(next));
             let brought = barrier.bring(next);
             if matches!(brought, Ok(Brought::All)) {
+                log::debug!("an exact cut in round {round}");
                 return Ok(next);
             }
             // Objects may have crossed already and left pre-images of values that the next round's are not. They

@@ -50,15 +50,18 @@ pub(super) enum Order {
     Clean = 3,
     /// Close the descriptors that were taken.
     Drop = 4,
+    /// Tell which have pages that are dirty or being written back. Waits for nothing.
+    Look = 5,
 }
 
 impl Order {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::WriteBack,
         Self::Take,
         Self::Seal,
         Self::Clean,
         Self::Drop,
+        Self::Look,
     ];
 }
 
@@ -99,16 +102,16 @@ impl FlushHelper {
     /// `EIO` when a page could not be written, or there is no helper to be had: the cut fails rather than
     /// miss a store.
     pub(super) fn flush(&self, nodes: &[NodeId]) -> Result<()> {
-        self.ask(Order::WriteBack, nodes)
+        self.ask(Order::WriteBack, nodes).map(drop)
     }
 
-    /// Has an order carried out, by another helper if this one is gone.
+    /// Has an order carried out, by another helper if this one is gone. Returns what [`Answer`] says.
     ///
     /// # Errors
     /// As [`Self::flush`].
-    pub(super) fn ask(&self, order: Order, nodes: &[NodeId]) -> Result<()> {
+    pub(super) fn ask(&self, order: Order, nodes: &[NodeId]) -> Result<Vec<NodeId>> {
         if nodes.is_empty() && order != Order::Drop {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut pipes = self.pipes.lock();
         let answer = pipes.order(order, nodes, None).or_else(|error| {
@@ -116,8 +119,7 @@ impl FlushHelper {
                 "{}: the flush helper is gone ({error}); starting another",
                 self.mountpoint.display()
             );
-            *pipes = Pipes::start(&self.mountpoint)?;
-            self.pid.store(pipes.child.id(), Ordering::SeqCst);
+            self.replace(&mut pipes)?;
             pipes.order(order, nodes, None).map_err(|error| {
                 log::error!(
                     "{}: the flush helper failed: {error}",
@@ -126,7 +128,14 @@ impl FlushHelper {
                 Error::Os(Errno::IO)
             })
         })?;
-        answer.map(drop)
+        answer
+    }
+
+    /// Another helper in place of this one, which ends.
+    fn replace(&self, pipes: &mut Pipes) -> Result<()> {
+        *pipes = Pipes::start(&self.mountpoint)?;
+        self.pid.store(pipes.child.id(), Ordering::SeqCst);
+        Ok(())
     }
 
     /// [`Order::Seal`]: returns those of `nodes` that the kernel does not know any more. `tick` is called every
@@ -156,9 +165,7 @@ impl FlushHelper {
             (Ok(answer), _) => answer,
             (Err(_), Some(error)) => {
                 // It waits for a lock that somebody else holds, and its answer would be taken for another's.
-                if let Err(error) = pipes.child.kill() {
-                    log::debug!("flush helper: {error}");
-                }
+                self.replace(&mut pipes)?;
                 Err(error)
             }
             (Err(error), None) => {
@@ -175,7 +182,8 @@ impl FlushHelper {
 /// How often the one who waits for the helper looks after what it waits for.
 pub(super) const TICK: Duration = Duration::from_millis(5);
 
-/// What an order came to: the nodes that the kernel does not know, or the helper's errno.
+/// What an order came to, or the helper's errno: the nodes that the kernel does not know; of [`Order::Look`] those that
+/// have pages to be written back.
 type Answer = Result<Vec<NodeId>>;
 
 impl Pipes {
@@ -254,21 +262,21 @@ impl Drop for Pipes {
     }
 }
 
-/// The helper's loop: carries out each order read, and answers an errno, 0 for success, and the nodes that the
-/// kernel does not know. Ends when the daemon does.
+/// The helper's loop: carries out each order read, and answers an errno, 0 for success, and nodes ([`Answer`]). Ends
+/// when the daemon does.
 pub fn run_helper(mountpoint: &Path) -> Result<()> {
     let (mut input, mut output) = (std::io::stdin(), std::io::stdout());
     super::session::raise_file_limit();
     let mut taken = Taken::default();
     while let Some((order, nodes)) = read_order(&mut input) {
-        let mut gone = Vec::new();
-        let errno = match carry_out(mountpoint, order, &nodes, &mut taken, &mut gone) {
+        let mut told = Vec::new();
+        let errno = match carry_out(mountpoint, order, &nodes, &mut taken, &mut told) {
             Ok(()) => 0,
             Err(errno) => errno.raw_os_error(),
         };
         let mut answer = errno.to_le_bytes().to_vec();
-        answer.extend((gone.len() as u64).to_le_bytes());
-        answer.extend(gone.iter().flat_map(|node| node.to_le_bytes()));
+        answer.extend((told.len() as u64).to_le_bytes());
+        answer.extend(told.iter().flat_map(|node| node.to_le_bytes()));
         if output
             .write_all(&answer)
             .and_then(|()| output.flush())
@@ -304,13 +312,13 @@ fn read_order(input: &mut impl Read) -> Option<(Order, Vec<NodeId>)> {
     Some((order, read_words(input)?))
 }
 
-/// Does what `order` says; `gone` gets the nodes that the kernel does not know.
+/// Does what `order` says; `told` gets the nodes of the [`Answer`].
 fn carry_out(
     mountpoint: &Path,
     order: Order,
     nodes: &[NodeId],
     taken: &mut Taken,
-    gone: &mut Vec<NodeId>,
+    told: &mut Vec<NodeId>,
 ) -> Result<(), Errno> {
     if order == Order::Drop {
         *taken = Taken::default();
@@ -320,7 +328,7 @@ fn carry_out(
         .root
         .take()
         .map_or_else(|| open_root(mountpoint), Ok)?;
-    let keeps = matches!(order, Order::Take | Order::Seal);
+    let keeps = matches!(order, Order::Take | Order::Seal | Order::Look);
     let tells = pages_tell_of_requests();
     for node in nodes {
         let file = match taken
@@ -332,13 +340,19 @@ fn carry_out(
             // Out of the kernel's memory, so without pages; or removed, so in no snapshot, even if its number is that of
             // a symbolic link by now.
             Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => {
-                gone.push(*node);
+                if order != Order::Look {
+                    told.push(*node);
+                }
                 continue;
             }
             Err(errno) => return Err(errno),
         };
         if order == Order::Seal {
             rustix::fs::fsync(&file)?;
+        } else if order == Order::Look {
+            if sys::has_unwritten_pages(file.as_fd()) {
+                told.push(*node);
+            }
         } else if !tells || sys::has_unwritten_pages(file.as_fd()) {
             // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which
             // waits for the requests themselves, as sync_file_range does not on kernels before 6.16.

@@ -119,9 +119,17 @@ impl Filesystem for Adapter {
         );
         let file = fh.and_then(|fh| self.reader.file(fh).ok());
         let ttl = self.unasked();
+        let times_alone = SetAttr {
+            mtime: set.mtime,
+            ..SetAttr::default()
+        } == set;
+        let gate = self.gate.clone().filter(|_| times_alone);
         let change = move || {
             let done = node.and_then(|node| engine.setattr(&node, &set, file.as_deref(), caller));
             drop(file);
+            if let Some(gate) = gate {
+                gate.note_change(ino.0);
+            }
             answer!(reply, done, attr => reply.attr(&ttl, &file_attr(&attr, attr.shown)));
         };
         let Some(gate) = &self.gate else {
@@ -131,10 +139,6 @@ impl Filesystem for Adapter {
                 None => self.dispatch(change),
             };
         };
-        let times_alone = SetAttr {
-            mtime: set.mtime,
-            ..SetAttr::default()
-        } == set;
         if times_alone && (fh.is_some() || self.is_helper(req)) {
             // With a handle it is the kernel that writes back what earlier writes made of the time: part of them.
             gate.advance();
@@ -308,7 +312,7 @@ impl Filesystem for Adapter {
     fn write(
         &self,
         req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         data: &[u8],
@@ -324,7 +328,7 @@ impl Filesystem for Adapter {
                 gid: req.gid(),
             });
         if let Some(gate) = &self.gate {
-            gate.advance();
+            gate.note_change(ino.0);
         }
         // The kernel syncs itself what it has held back.
         let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);

@@ -68,8 +68,11 @@ struct Hold<J> {
     active: HashSet<NodeId>,
     /// Those of them that have been cut in this round.
     sealed: HashSet<NodeId>,
-    /// Something was let through that may come after a change that is out of the snapshot.
-    again: bool,
+    /// Something that is in the snapshot was let through when a seal had been made: if a change that is out of the
+    /// snapshot was made before it, the round does not count.
+    late: bool,
+    /// A sealed file was changed: that is out of the snapshot.
+    changed: bool,
     parked: Vec<Parked<J>>,
 }
 
@@ -85,7 +88,8 @@ impl<J> Hold<J> {
             phase: Phase::Open,
             active: HashSet::new(),
             sealed: HashSet::new(),
-            again: false,
+            late: false,
+            changed: false,
             parked: Vec::new(),
         }
     }
@@ -99,7 +103,8 @@ impl<J> Hold<J> {
             self.active = active();
         }
         self.sealed.clear();
-        self.again = false;
+        self.late = false;
+        self.changed = false;
     }
 
     fn is_open_to_writers(&self, node: NodeId) -> bool {
@@ -123,9 +128,13 @@ impl<J> Hold<J> {
             (_, Kind::Locks(nodes)) if !nodes.iter().any(|node| self.is_open_to_writers(*node)) => {
                 return Verdict::Park;
             }
-            (_, Kind::Locks(_) | Kind::Times) => {}
+            // Nor can it be made in two epochs at once.
+            (_, Kind::Locks(nodes)) => {
+                self.changed |= nodes.iter().any(|node| self.sealed.contains(node));
+            }
+            (_, Kind::Times) => {}
         }
-        self.again |= !self.sealed.is_empty();
+        self.late |= !self.sealed.is_empty();
         Verdict::Run
     }
 
@@ -141,17 +150,24 @@ impl<J> Hold<J> {
             && self.sealed.insert(node)
     }
 
-    /// Ends a round: what can be done now that no seal of it counts, or that all do.
-    fn end_round(&mut self) -> (Brought, Vec<Parked<J>>) {
-        if !self.again {
-            self.phase = Phase::Closed;
-            return (Brought::All, Vec::new());
-        }
+    /// Notes that a file is changed, by what no cut makes wait.
+    fn note_change(&mut self, node: NodeId) {
+        self.changed |= self.sealed.contains(&node);
+    }
+
+    /// All seals are made: nothing more gets into the snapshot. Returns whether it takes a look at the files to know if
+    /// the round counts.
+    fn close(&mut self) -> bool {
+        self.phase = Phase::Closed;
+        self.late
+    }
+
+    /// Ends a round, which is to be repeated. Returns what has to be done for that, now that no seal counts: it may have
+    /// locks that seals need.
+    fn reopen(&mut self, next: Epoch) -> Vec<Parked<J>> {
+        self.phase = Phase::Held(next);
         self.sealed.clear();
-        (
-            Brought::Again,
-            self.take(|kind| matches!(kind, Kind::Locks(_))),
-        )
+        self.take(|kind| matches!(kind, Kind::Locks(_) | Kind::Times))
     }
 
     fn take(&mut self, which: impl Fn(&Kind) -> bool) -> Vec<Parked<J>> {
@@ -185,7 +201,7 @@ impl<J> Hold<J> {
             .parked
             .extract_if(.., |parked| stuck(&parked.kind))
             .collect();
-        self.again |= !taken.is_empty();
+        self.late |= !taken.is_empty();
         taken
     }
 
@@ -300,6 +316,22 @@ impl Gate {
         Ok(())
     }
 
+    /// `node` is changed by what is carried out whether it is sealed or not. To be called before that is answered, and, if
+    /// the kernel does not keep a seal from being made meanwhile, after it is done.
+    pub(super) fn note_change(&self, node: NodeId) {
+        self.advance();
+        if self.held.load(Ordering::SeqCst) {
+            self.hold.lock().note_change(node);
+        }
+    }
+
+    /// Whether a file was changed after its seal, of those of a round whose seals are all made. What was written is in the
+    /// kernel's memory as yet, or its WRITE has come.
+    fn changed_after_seal(&self, active: &[NodeId]) -> Result<bool> {
+        let unwritten = self.helper.ask(Order::Look, active)?;
+        Ok(!unwritten.is_empty() || self.hold.lock().changed)
+    }
+
     /// Has the kernel write back what it holds of a file that is open for writing, whoever has its lock.
     ///
     /// # Errors
@@ -308,7 +340,7 @@ impl Gate {
         if self.engine.writable_nodes().binary_search(&node).is_err() {
             return Ok(());
         }
-        self.cleaner.ask(Order::Clean, &[node])
+        self.cleaner.ask(Order::Clean, &[node]).map(drop)
     }
 
     fn run(&self, parked: Vec<Parked<Job>>, ttl: Duration) {
@@ -372,7 +404,9 @@ struct Watch {
 
 impl Barrier for Gate {
     fn prepare(&self) -> Result<()> {
-        self.helper.ask(Order::Take, &self.engine.writable_nodes())
+        self.helper
+            .ask(Order::Take, &self.engine.writable_nodes())
+            .map(drop)
     }
 
     fn bring(&self, next: Epoch) -> Result<Brought> {
@@ -398,16 +432,20 @@ impl Barrier for Gate {
             // The kernel has not been told of it yet, so it holds nothing of it, and writes to it will ask first.
             self.seal(node)?;
         }
-        let (brought, parked) = {
+        let late = {
             let mut hold = self.hold.lock();
             if hold.sealed.len() != active.len() {
                 log::error!("the flush helper's fsync did not reach cowfs for some file");
                 return Err(Errno::IO.into());
             }
-            hold.end_round()
+            hold.close()
         };
+        if !late || !self.changed_after_seal(&active)? {
+            return Ok(Brought::All);
+        }
+        let parked = self.hold.lock().reopen(next);
         self.run(parked, FOREVER);
-        Ok(brought)
+        Ok(Brought::Again)
     }
 
     fn release(&self) {
@@ -469,7 +507,7 @@ mod tests {
         ] {
             assert_eq!(hold.judge(&kind), Verdict::Run, "{kind:?}");
         }
-        assert!(!hold.again);
+        assert!(!hold.late);
         assert!(!hold.seal(10), "a flush before the hold is no seal");
     }
 
@@ -486,30 +524,56 @@ mod tests {
             assert_eq!(hold.judge(&kind), Verdict::Park, "{kind:?}");
         }
         assert_eq!(hold.judge(&asks(77, true)), Verdict::Run);
-        assert!(!hold.again);
+        assert!(!hold.late);
     }
 
     #[test]
     fn whoever_has_the_lock_of_a_file_that_is_not_sealed_goes_on() {
         let mut hold = hold();
         assert_eq!(hold.judge(&Kind::Locks(vec![10])), Verdict::Run);
-        assert!(!hold.again, "nothing is out of the snapshot yet");
+        assert!(!hold.late, "nothing is out of the snapshot yet");
         assert!(hold.seal(11));
         assert_eq!(hold.judge(&Kind::Locks(vec![11])), Verdict::Park);
-        assert!(!hold.again);
+        assert!(!hold.late);
         // It may come after a write to 11 that is out of the snapshot.
+        assert_eq!(hold.judge(&Kind::Locks(vec![10])), Verdict::Run);
+        assert!(hold.late);
+        assert!(!hold.changed, "but it has not been seen to");
+    }
+
+    #[test]
+    fn a_change_of_what_is_in_and_what_is_out_makes_the_round_count_for_nothing() {
+        let mut hold = hold();
+        hold.seal(11);
         assert_eq!(hold.judge(&Kind::Locks(vec![11, 10])), Verdict::Run);
-        assert!(hold.again);
+        assert!(hold.late && hold.changed);
+    }
+
+    #[test]
+    fn a_change_after_the_seal_is_noted() {
+        let mut hold = hold();
+        hold.note_change(10);
+        assert!(!hold.changed, "it is in the snapshot");
+        hold.seal(10);
+        hold.note_change(11);
+        hold.note_change(77);
+        assert!(!hold.changed);
+        hold.note_change(10);
+        assert!(hold.changed);
+        assert!(!hold.close(), "nothing came after it");
+        hold.reopen(NEXT);
+        hold.begin(Epoch(6), HashSet::new);
+        assert!(!hold.changed);
     }
 
     #[test]
     fn a_change_of_times_never_waits_for_a_seal() {
         let mut hold = hold();
         assert_eq!(hold.judge(&Kind::Times), Verdict::Run);
-        assert!(!hold.again);
+        assert!(!hold.late);
         hold.seal(10);
         assert_eq!(hold.judge(&Kind::Times), Verdict::Run);
-        assert!(hold.again);
+        assert!(hold.late);
     }
 
     #[test]
@@ -520,9 +584,13 @@ mod tests {
         hold.park(asks(10, true), "write");
         hold.park(Kind::Makes, "make");
         hold.judge(&Kind::Locks(vec![11]));
-        let (brought, parked) = hold.end_round();
-        assert_eq!(brought, Brought::Again);
-        assert_eq!(jobs(parked), ["lock"]);
+        assert!(hold.close());
+        // While the files are looked at nothing gets into the snapshot, but what came may have locks.
+        assert_eq!(hold.judge(&Kind::Times), Verdict::Park);
+        hold.park(Kind::Times, "times");
+        assert_eq!(hold.judge(&Kind::Locks(vec![11])), Verdict::Park);
+        assert_eq!(jobs(hold.reopen(NEXT)), ["lock", "times"]);
+        assert_eq!(hold.judge(&Kind::Locks(vec![11])), Verdict::Run);
         hold.begin(Epoch(6), || {
             panic!("the files are those of the first round")
         });
@@ -530,9 +598,7 @@ mod tests {
             assert!(hold.seal(node));
             assert!(!hold.seal(node), "a file is sealed once");
         }
-        let (brought, parked) = hold.end_round();
-        assert_eq!(brought, Brought::All);
-        assert!(parked.is_empty());
+        assert!(!hold.close());
         // The epoch is about to advance: nothing may be in both.
         for kind in [
             asks(10, true),
@@ -554,8 +620,8 @@ mod tests {
         hold.park(asks(11, true), "seek");
         hold.park(asks(11, false), "permission");
         assert_eq!(jobs(hold.take_questions()), ["permission"]);
-        assert!(!hold.again, "no write can go on by that");
+        assert!(!hold.late, "no write can go on by that");
         assert_eq!(jobs(hold.take_writes()), ["seek"]);
-        assert!(hold.again);
+        assert!(hold.late);
     }
 }
