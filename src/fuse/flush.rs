@@ -114,7 +114,7 @@ impl FlushHelper {
             return Ok(Vec::new());
         }
         let mut pipes = self.pipes.lock();
-        let answer = pipes.order(order, nodes, None).or_else(|error| {
+        pipes.order(order, nodes, None).or_else(|error| {
             log::warn!(
                 "{}: the flush helper is gone ({error}); starting another",
                 self.mountpoint.display()
@@ -127,8 +127,7 @@ impl FlushHelper {
                 );
                 Error::Os(Errno::IO)
             })
-        })?;
-        answer
+        })?
     }
 
     /// Another helper in place of this one, which ends.
