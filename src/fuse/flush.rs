@@ -261,8 +261,8 @@ impl Drop for Pipes {
     }
 }
 
-/// The helper's loop: carries out each order read, and answers an errno, 0 for success, and nodes ([`Answer`]). Ends
-/// when the daemon does.
+/// The helper's loop: carries out each order read, and answers an errno, 0 for success, and nodes, as the order says.
+/// Ends when the daemon does.
 pub fn run_helper(mountpoint: &Path) -> Result<()> {
     let (mut input, mut output) = (std::io::stdin(), std::io::stdout());
     super::session::raise_file_limit();
