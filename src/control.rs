@@ -100,9 +100,9 @@ pub struct SpaceStatus {
     pub used: u64,
     /// Of these, the retained files.
     pub retained: u64,
-    /// What is free on the filesystem of the store.
+    /// What is free on the filesystem of the store; 2^63 - 1 if it has no size.
     pub free: u64,
-    /// What may still be kept.
+    /// What may still be kept; 2^63 - 1 if nothing bounds it.
     pub left: u64,
 }
 

@@ -2,7 +2,7 @@
 
 use crate::sync::{AtomicU64, Ordering};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SealFlags};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SealFlags, StatVfs};
 use rustix::io::Errno;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::{CStr, CString};
@@ -90,6 +90,19 @@ pub fn open_by_handle(
     // SAFETY: the call succeeded, so `fd` is a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
 }
+
+/// Bytes that a filesystem has free for users other than root, from statvfs(3). [`BOUNDLESS`] where it gives no size, as a
+/// tmpfs without a limit and some FUSE filesystems do.
+#[must_use]
+pub fn free_bytes(disk: &StatVfs) -> u64 {
+    match disk.f_blocks {
+        0 => BOUNDLESS,
+        _ => disk.f_bavail.saturating_mul(disk.f_frsize),
+    }
+}
+
+/// More than any filesystem has.
+pub const BOUNDLESS: u64 = i64::MAX as u64;
 
 /// Whether pages of an open file are dirty or being written back (cachestat(2)); true where the kernel cannot
 /// tell.

@@ -259,6 +259,21 @@ fn a_store_elsewhere_may_be_full_by_itself() {
 
 /// Who may create snapshots, and who may not.
 #[test]
+fn a_filesystem_that_tells_no_size_is_not_full() {
+    let mount = Mount::on_disk_of("boundless", LIMIT, "tmpfs", 0);
+    let f = open_rw(&mount.mnt.join("f"));
+    for n in 1..=4 {
+        f.write_all_at(&vec![n; 4 * MIB], 0).unwrap();
+        mount.snapshot(&format!("s{n}"));
+    }
+    f.write_all_at(&vec![9; 4 * MIB], 0).unwrap();
+    assert_eq!(check(&mount, 4 * MIB), 4);
+    assert_eq!(status(&mount)["space"]["state"], "ok");
+    let text = cowfs(&["status"], &mount.mnt, &[]).success("status").stdout;
+    assert!(text.contains("room for any amount"), "{text}");
+}
+
+#[test]
 fn users_create_snapshots_if_they_are_let() {
     let mount = Mount::new("users", LIMIT);
     open_the_way(&mount.mnt);

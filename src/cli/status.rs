@@ -37,10 +37,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn space(status: &Status) -> String {
     let space = &status.space;
     let mut text = format!(
-        "{}: {} taken, room for {} more; on-full={}",
+        "{}: {} taken, room for {}; on-full={}",
         space.state,
         output::size(space.used),
-        output::size(space.left),
+        match space.left {
+            crate::sys::BOUNDLESS => "any amount".to_owned(),
+            left => format!("{} more", output::size(left)),
+        },
         space.on_full
     );
     if let Some(limit) = space.limit {

@@ -364,7 +364,7 @@ impl Engine {
         let (Ok(usage), Ok(disk)) = (self.space(), self.backing.statvfs()) else {
             return false;
         };
-        let free = disk.f_bavail * disk.f_frsize;
+        let free = crate::sys::free_bytes(&disk);
         // ENOSPC is also the answer to what would never fit: more attributes than an inode can have, a file larger
         // than the disk. No snapshot is given up for that.
         if wanted > free.saturating_add(usage.used) {

@@ -16,9 +16,9 @@ const RESERVE_BYTES: u64 = 8 << 20;
 pub struct Space {
     /// Taken by journal and index.
     pub used: u64,
-    /// Free on the filesystem of the store, for users other than root.
+    /// Free on the filesystem of the store, for users other than root; [`crate::sys::BOUNDLESS`] if that is not told.
     pub free: u64,
-    /// The size of that filesystem.
+    /// The size of that filesystem; 0 if that is not told.
     pub total: u64,
 }
 
@@ -36,7 +36,7 @@ impl Store {
             .map(|number| self.journal.media.allocated(number).unwrap_or(0));
         Ok(Space {
             used: segments.sum::<u64>() + self.layers.index.allocated(),
-            free: disk.f_bavail * disk.f_frsize,
+            free: crate::sys::free_bytes(&disk),
             total: disk.f_blocks * disk.f_frsize,
         })
     }

@@ -377,6 +377,34 @@ pub(crate) struct Mount {
     _here: user::Here,
 }
 
+/// Mounts a new filesystem of `kind` on `disk`; its image, if it has one, is in `root`.
+#[track_caller]
+fn mount_disk(root: &Path, disk: &Path, kind: &str, mib: u64) {
+    let limit = Duration::from_secs(60);
+    let mut mount = Command::new("mount");
+    if kind == "tmpfs" {
+        let size = format!("size={mib}m");
+        mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(disk);
+        run(&mut mount, limit).success("mount -t tmpfs");
+        return;
+    }
+    let image = root.join("disk.img");
+    File::create(&image).unwrap().set_len(mib << 20).unwrap();
+    // What xfs allocates ahead of writes comes to be data in the eyes of lseek(2) by being read: with it, no two
+    // maps of the holes of a quiet file need agree.
+    let options = if kind == "xfs" {
+        "loop,allocsize=4k"
+    } else {
+        "loop"
+    };
+    let mkfs = format!("mkfs.{kind}");
+    // without a word, also where a filesystem of an earlier test was in these blocks
+    let quietly = if kind == "ext4" { "-qF" } else { "-qf" };
+    run(Command::new(&mkfs).arg(quietly).arg(&image), limit).success(&mkfs);
+    mount.args(["-o", options]).arg(&image).arg(disk);
+    run(&mut mount, limit).success("mount -o loop");
+}
+
 impl Mount {
     /// Mounts a new empty directory. Fails the test when the result is not a mounted cowfs.
     #[track_caller]
@@ -397,7 +425,8 @@ impl Mount {
         Self::on_disk_of(name, limit, "ext4", mib)
     }
 
-    /// The same on a filesystem of another `kind`, by the name that mkfs(8) knows it by.
+    /// The same on a filesystem of another `kind`, by the name that mkfs(8) knows it by, or a tmpfs; that has no limit of
+    /// size if `mib` is 0.
     #[track_caller]
     pub(crate) fn on_disk_of(name: &str, limit: Duration, kind: &str, mib: u64) -> Self {
         Self::build(name, limit, Some((kind, mib)), "")
@@ -409,32 +438,9 @@ impl Mount {
         let root = scratch(name);
         let (mut backing, mnt) = (root.join("backing"), root.join("mnt"));
         if let Some((kind, mib)) = disk {
-            let (image, disk) = (root.join("disk.img"), root.join("disk"));
-            File::create(&image).unwrap().set_len(mib << 20).unwrap();
+            let disk = root.join("disk");
             fs::create_dir(&disk).unwrap();
-            // What xfs allocates ahead of writes comes to be data in the eyes of lseek(2) by being read: with
-            // it, no two maps of the holes of a quiet file need agree.
-            let options = if kind == "xfs" {
-                "loop,allocsize=4k"
-            } else {
-                "loop"
-            };
-            let mkfs = format!("mkfs.{kind}");
-            // without a word, also where a filesystem of an earlier test was in these blocks
-            let quietly = if kind == "ext4" { "-qF" } else { "-qf" };
-            run(
-                Command::new(&mkfs).arg(quietly).arg(&image),
-                Duration::from_secs(60),
-            )
-            .success(&mkfs);
-            run(
-                Command::new("mount")
-                    .args(["-o", options])
-                    .arg(&image)
-                    .arg(&disk),
-                Duration::from_secs(30),
-            )
-            .success("mount -o loop");
+            mount_disk(&root, &disk, kind, mib);
             backing = disk.join("backing");
         }
         fs::create_dir(&backing).unwrap();

@@ -103,7 +103,7 @@ pub(super) fn measure(root: &Path, interrupt: &Interrupt) -> Result<(Extent, Vec
 pub(super) fn check_room(place: &Path, needed: u64, remedy: &str) -> Result<()> {
     let disk = rustix::fs::statvfs(place)
         .map_err(|errno| Error::path("cannot ask for the free space", place, errno))?;
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let free = crate::sys::free_bytes(&disk);
     if free < needed {
         return Err(Error::Source {
             path: place.to_path_buf(),
