@@ -524,7 +524,9 @@ fn segments_cut_lengthened_removed_doubled_and_swapped() {
                 // Since the last checkpoint of a store that was killed, a cut end is like a torn one.
                 let like_torn = match kind {
                     "cut in the log" | "emptied" | "a zero page in the log" => true,
-                    _ => at + OPEN >= count && kind != "lengthened" && kind != "doubled",
+                    // The spare ends in its log.
+                    "lengthened" => at + 1 == count,
+                    _ => at + OPEN >= count && kind != "doubled",
                 };
                 if !closed && like_torn {
                     continue;
