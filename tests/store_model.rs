@@ -580,7 +580,8 @@ impl Test {
             "{stats:?}"
         );
         assert!(stats.journal_bytes < 200 << 10, "{stats:?}");
-        assert!(journal_files(&self.path()) <= 2, "{stats:?}");
+        // The session's, the segment in which the journal ends, and the next.
+        assert!(journal_files(&self.path()) <= 3, "{stats:?}");
     }
 }
 
