@@ -114,13 +114,11 @@ fn fill(store: &Store) {
 
 fn assert_filled(store: &Store) {
     assert_eq!(store.damage(), Vec::<String>::new());
-    assert_eq!(
-        *store.snapshots(),
-        [
-            std::sync::Arc::new(snapshot(1, SnapshotState::Ready)),
-            std::sync::Arc::new(snapshot(2, SnapshotState::Suspect))
-        ]
-    );
+    let expected = [
+        snapshot(1, SnapshotState::Ready),
+        snapshot(2, SnapshotState::Suspect),
+    ];
+    assert!(store.snapshots().iter().eq(&expected));
     assert_eq!(store.epoch(), Epoch(2));
     assert_eq!(
         store.attr_at(Ino(42), Epoch(1)).unwrap(),

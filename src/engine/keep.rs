@@ -114,7 +114,15 @@ impl Engine {
     pub(super) fn refresh_guards(&self, cut: Option<UnderCut>) {
         let mut all = self.snapshots.kept();
         all.extend(cut.filter(|cut| !cut.spoiled).map(|cut| cut.epoch));
-        *self.guards.write() = Arc::from(all);
+        *self.guards.write() = Arc::new(all);
+    }
+
+    /// Has pre-images kept for a new cut as well, in a time that does not depend on how many snapshots there are. The
+    /// caller holds the lock of it.
+    pub(super) fn guard_also(&self, cut: Epoch) {
+        let mut guards = self.guards.write();
+        debug_assert!(guards.last().is_none_or(|newest| *newest < cut));
+        Arc::make_mut(&mut guards).push(cut);
     }
 }
 

@@ -93,7 +93,7 @@ pub struct Engine {
     /// under it.
     under_cut: Mutex<Option<UnderCut>>,
     /// The snapshots that pre-images are kept for, ascending; the one being cut is among them.
-    guards: RwLock<Arc<[Epoch]>>,
+    guards: RwLock<Arc<Vec<Epoch>>>,
     snapshots: Snapshots,
     handles: Arc<Handles>,
     backing: Backing,
@@ -191,7 +191,7 @@ impl Engine {
             nodes: Nodes::new(root, epochs.clone(), inventory.clone()),
             epochs,
             under_cut: Mutex::new(None),
-            guards: RwLock::new(Arc::from([])),
+            guards: RwLock::default(),
             snapshots: Snapshots::load(&store),
             handles: Arc::new(Handles::new(inventory.clone(), root)),
             inventory,

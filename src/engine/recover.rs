@@ -84,7 +84,7 @@ pub fn retained(engine: &Engine) -> Result<()> {
 /// has none may be all that is left for a suspect snapshot.
 fn drop_unrecorded(engine: &Engine, records: &[Retained]) -> Result<()> {
     let suspect = |info: &SnapshotInfo| info.state == SnapshotState::Suspect;
-    let suspects = engine.store.snapshots().iter().any(|info| suspect(info));
+    let suspects = engine.store.snapshots().iter().any(suspect);
     for ino in engine.backing.all_retained()? {
         if records.iter().any(|record| record.ino == ino) {
             continue;

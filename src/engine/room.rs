@@ -351,7 +351,7 @@ impl Engine {
     /// Whether the space of a snapshot that was given up is still on its way back.
     fn reclaims(&self) -> bool {
         let deleting = |s: &crate::store::SnapshotInfo| s.state == SnapshotState::Deleting;
-        !self.snapshots.dead_are_unread() || self.store.snapshots().iter().any(|s| deleting(s))
+        !self.snapshots.dead_are_unread() || self.store.snapshots().iter().any(deleting)
     }
 
     /// Whether there may be room now for a change that met a full disk itself: what snapshots hold there would be

@@ -280,12 +280,15 @@ impl Engine {
                 .and_then(|lsn| self.settle(lsn))
                 .and_then(|()| self.note_cut(next)),
         };
-        if recorded.is_ok() {
-            self.snapshots.insert(info);
-            self.snapshots.touch();
+        match recorded {
+            // It is guarded already.
+            Ok(()) => {
+                self.snapshots.insert(info);
+                self.snapshots.touch();
+            }
+            // Without its record it does not exist; what was kept for it serves older ones as well.
+            Err(_) => self.refresh_guards(None),
         }
-        // Without its record the snapshot does not exist; what was kept for it serves older ones as well.
-        self.refresh_guards(None);
         drop(under_cut);
         recorded.map(|()| (next, quiesce))
     }
@@ -296,7 +299,10 @@ impl Engine {
             epoch,
             spoiled: false,
         });
-        self.refresh_guards(*under_cut);
+        match cut {
+            Some(epoch) => self.guard_also(epoch),
+            None => self.refresh_guards(None),
+        }
     }
 
     /// Holds a snapshot, or lets it go: one that is held is not deleted, neither by anybody nor for room.

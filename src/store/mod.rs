@@ -45,6 +45,7 @@ pub use check::{CheckReport, Finding, Severity};
 pub use examine::Examined;
 pub use room::Space;
 pub use session::boot_id;
+pub use table::Rows;
 pub use types::{
     AttrImage, EntryImage, ExtentData, ExtentRef, ObjectHandle, Payload, Retained, SnapshotInfo,
     SnapshotState, StoreOptions, StoreStats, Timestamp,

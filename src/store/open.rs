@@ -606,11 +606,16 @@ fn mark(table: &mut Table, state: SnapshotState) -> bool {
         SnapshotState::Suspect => state == SnapshotState::Invalid,
         SnapshotState::Deleting | SnapshotState::Invalid => false,
     };
-    let mut marked = false;
-    let rows = Arc::make_mut(&mut table.snapshots).iter_mut();
-    for info in rows.filter(|s| worse(s.state)) {
-        Arc::make_mut(info).state = state;
-        marked = true;
+    let due: Vec<_> = table
+        .snapshots
+        .iter()
+        .filter(|s| worse(s.state))
+        .cloned()
+        .collect();
+    let marked = !due.is_empty();
+    for mut info in due {
+        info.state = state;
+        table.snapshots.set(info);
     }
     marked
 }

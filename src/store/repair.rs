@@ -153,7 +153,7 @@ impl Store {
         state: SnapshotState,
     ) -> Result<Vec<String>> {
         let all = self.snapshots();
-        let within = all.iter().filter(|s| s.epoch > after && s.epoch <= to);
+        let within = all.within(after, to);
         self.mark(&within.map(|s| s.epoch).collect::<Vec<_>>(), state)
     }
 

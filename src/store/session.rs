@@ -212,7 +212,7 @@ impl Store {
     /// As [`Store::sync`].
     pub fn mark_suspect(&self, doubtful: impl Fn(Epoch) -> bool) -> Result<Vec<SnapshotInfo>> {
         let due = |s: &SnapshotInfo| s.state == SnapshotState::Ready && doubtful(s.epoch);
-        if !self.snapshots().iter().any(|s| due(s)) {
+        if !self.snapshots().iter().any(due) {
             return Ok(Vec::new());
         }
         let marked = self

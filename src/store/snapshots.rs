@@ -8,7 +8,7 @@ use super::table::{Change, Edit, Rows, Table};
 use super::types::{SnapshotInfo, SnapshotState};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, RwLock};
+use crate::sync::{AtomicU64, Mutex, Ordering, RwLock};
 use std::collections::BTreeSet;
 
 /// Snapshots given up in one record, so that it fits into the log.
@@ -19,7 +19,6 @@ const MARKS_AT_ONCE: usize = 256;
 pub(super) struct Published {
     /// The number of cuts that the store knows of.
     pub(super) epoch: Epoch,
-    /// Ascending.
     pub(super) all: Rows,
 }
 
@@ -27,8 +26,7 @@ impl Published {
     /// Whether a record labelled `label` that serves the snapshots in `(lower, label]` can never be needed
     /// again. A label beyond the last known cut belongs to one that is under way.
     pub(super) fn is_dead(&self, lower: Epoch, label: Epoch) -> bool {
-        let from = self.all.partition_point(|s| s.epoch <= lower);
-        let mut within = self.all[from..].iter().take_while(|s| s.epoch <= label);
+        let mut within = self.all.within(lower, label);
         label <= self.epoch && !within.any(|s| s.state.keeps())
     }
 
@@ -39,7 +37,7 @@ impl Published {
 
     /// The others: deleted or invalid.
     pub(super) fn given_up(&self) -> impl Iterator<Item = &SnapshotInfo> {
-        self.all.iter().map(|s| &**s).filter(|s| !s.state.keeps())
+        self.all.iter().filter(|s| !s.state.keeps())
     }
 }
 
@@ -181,7 +179,7 @@ impl Snapshots {
     ) -> Result<Vec<SnapshotInfo>> {
         let mut marked = Vec::new();
         self.change(journal, false, |table| {
-            let due = table.snapshots.iter().map(|s| &**s).filter(|s| due(s));
+            let due = table.snapshots.iter().filter(|s| due(s));
             marked = due.cloned().collect();
             marked.iter_mut().for_each(|info| info.state = state);
             let edits = marked.iter().map(|info| (info.epoch, Edit::State(state)));
@@ -194,7 +192,7 @@ impl Snapshots {
     pub(super) fn drop_deleted(&self, journal: &Journal, done: &[Epoch]) -> Result<()> {
         let gone = |s: &SnapshotInfo| s.state == SnapshotState::Deleting && done.contains(&s.epoch);
         // An invalid one stays.
-        if !self.published().all.iter().any(|s| gone(s)) {
+        if !self.published().all.iter().any(gone) {
             return Ok(());
         }
         let drops = |table: &Table| {
@@ -214,7 +212,7 @@ impl Store {
 
     /// All snapshots, those being deleted among them, in order of their cuts.
     #[must_use]
-    pub fn snapshots(&self) -> Arc<Vec<Arc<SnapshotInfo>>> {
+    pub fn snapshots(&self) -> Rows {
         self.snapshots.published.read().all.clone()
     }
 
@@ -249,9 +247,8 @@ impl Store {
     /// As [`Store::record_snapshot`]. It is no error if there is no such snapshot.
     pub fn update_snapshot(&self, k: Epoch, change: impl Fn(&mut SnapshotInfo)) -> Result<Lsn> {
         self.snapshots.change(&self.journal, false, |table| {
-            let row = table.snapshots.iter().find(|s| s.epoch == k);
-            let edit = row.map(|row| {
-                let mut info = SnapshotInfo::clone(row);
+            let edit = table.snapshots.get(k).map(|row| {
+                let mut info = row.clone();
                 change(&mut info);
                 info.epoch = k;
                 (k, Edit::Set(info))
@@ -284,7 +281,7 @@ impl Store {
     /// # Errors
     /// [`Error::SnapshotMissing`] if there is none; else as [`Store::keep_attr`].
     pub fn delete_snapshot(&self, k: Epoch) -> Result<Lsn> {
-        if !self.snapshots().iter().any(|s| s.epoch == k) {
+        if self.snapshots().get(k).is_none() {
             return Err(Error::SnapshotMissing(format!("number {k}")));
         }
         let mark = |_: &Table| vec![(k, Edit::State(SnapshotState::Deleting))];

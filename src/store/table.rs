@@ -6,7 +6,8 @@ use super::record::{MAX_NAME, get_time, put_time};
 use super::types::{SnapshotInfo, SnapshotState};
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
-use crate::sync::Arc;
+use rpds::RedBlackTreeMapSync;
+use std::ops::Bound;
 
 /// The snapshot table. Of several, the one with the highest version holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,25 +15,70 @@ pub(super) struct Table {
     pub(super) version: u64,
     /// At least the number of cuts, and at least every label used so far.
     pub(super) epoch: Epoch,
-    /// Ascending by epoch; shared with whoever took the table up, as it may be long.
     pub(super) snapshots: Rows,
 }
 
-/// The rows of the table: a new version shares all but those that have changed.
-pub(super) type Rows = Arc<Vec<Arc<SnapshotInfo>>>;
+/// The rows of the table, by number. To copy it, and to change a copy, takes the same time however many there are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rows(RedBlackTreeMapSync<Epoch, SnapshotInfo>);
+
+impl Rows {
+    /// All of them, the oldest first.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &SnapshotInfo> {
+        self.0.values()
+    }
+
+    /// Those in `(after, to]`, the oldest first.
+    pub fn within(&self, after: Epoch, to: Epoch) -> impl Iterator<Item = &SnapshotInfo> {
+        let to = to.max(after);
+        let range = (Bound::Excluded(after), Bound::Included(to));
+        self.0.range(range).map(|(_, info)| info)
+    }
+
+    /// That of number `k`.
+    #[must_use]
+    pub fn get(&self, k: Epoch) -> Option<&SnapshotInfo> {
+        self.0.get(&k)
+    }
+
+    /// The newest.
+    #[must_use]
+    pub fn last(&self) -> Option<&SnapshotInfo> {
+        self.0.last().map(|(_, info)| info)
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.size()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds one, or puts it in the place of the one with its number.
+    pub(super) fn set(&mut self, info: SnapshotInfo) {
+        self.0.insert_mut(info.epoch, info);
+    }
+}
 
 impl Table {
     /// Makes the rows of `change` those of the table.
     pub(super) fn apply(&mut self, change: &Change) {
         (self.version, self.epoch) = (change.version, self.epoch.max(change.epoch));
-        let rows = Arc::make_mut(&mut self.snapshots);
+        let rows = &mut self.snapshots;
         for (epoch, edit) in &change.edits {
-            match (rows.binary_search_by_key(epoch, |s| s.epoch), edit) {
-                (Ok(at), Edit::Set(info)) => rows[at] = Arc::new(info.clone()),
-                (Err(at), Edit::Set(info)) => rows.insert(at, Arc::new(info.clone())),
-                (Ok(at), Edit::State(state)) => Arc::make_mut(&mut rows[at]).state = *state,
-                (Ok(at), Edit::Drop) => drop(rows.remove(at)),
-                (Err(_), Edit::State(_) | Edit::Drop) => {}
+            match edit {
+                Edit::Set(info) => rows.set(info.clone()),
+                Edit::State(state) => {
+                    if let Some(info) = rows.0.get_mut(epoch) {
+                        info.state = *state;
+                    }
+                }
+                Edit::Drop => drop(rows.0.remove_mut(epoch)),
             }
         }
     }
@@ -160,18 +206,18 @@ pub(super) fn get_change(r: &mut Reader<'_>) -> Result<Change> {
 pub(super) fn get_table(r: &mut Reader<'_>) -> Result<Table> {
     let (version, epoch) = (r.u64()?, Epoch(r.u64()?));
     let count = r.count(26)?;
-    let mut snapshots: Vec<Arc<SnapshotInfo>> = Vec::with_capacity(count.min(1024));
+    let mut snapshots = Rows::default();
     for _ in 0..count {
         let epoch = Epoch(r.u64()?);
         let info = get_row(r, epoch)?;
         if snapshots.last().is_some_and(|last| last.epoch >= epoch) {
             return Err(Error::Corrupt("snapshot table out of order".into()));
         }
-        snapshots.push(Arc::new(info));
+        snapshots.set(info);
     }
     Ok(Table {
         version,
         epoch,
-        snapshots: Arc::new(snapshots),
+        snapshots,
     })
 }

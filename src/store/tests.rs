@@ -6,7 +6,7 @@ use super::journal::lsn_at;
 use super::key::{self, Aspect, Piece, Touch};
 use super::layers::Layers;
 use super::record::{Extent, Place, Record};
-use super::table::{Change, Edit, Table};
+use super::table::{Change, Edit, Rows, Table};
 use super::types::{
     AttrImage, EntryImage, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Timestamp,
 };
@@ -15,6 +15,10 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 const UUID: u128 = 0x1234_5678_9abc_def0;
+const TIME: Timestamp = Timestamp {
+    sec: -5,
+    nsec: 999_999_999,
+};
 
 fn handle(len: usize) -> ObjectHandle {
     ObjectHandle {
@@ -23,11 +27,18 @@ fn handle(len: usize) -> ObjectHandle {
     }
 }
 
+fn info(epoch: u64, state: SnapshotState) -> SnapshotInfo {
+    SnapshotInfo {
+        epoch: Epoch(epoch),
+        name: vec![0xff, b'n'],
+        created: TIME,
+        held: epoch == 2,
+        state,
+    }
+}
+
 fn records() -> Vec<Record> {
-    let time = Timestamp {
-        sec: -5,
-        nsec: 999_999_999,
-    };
+    let time = TIME;
     let image = AttrImage {
         mode: 0o104_755,
         uid: u32::MAX,
@@ -40,13 +51,6 @@ fn records() -> Vec<Record> {
             (b"security.b".to_vec(), vec![1; 70_000]),
         ],
         ..AttrImage::default()
-    };
-    let info = |epoch, state| SnapshotInfo {
-        epoch: Epoch(epoch),
-        name: vec![0xff, b'n'],
-        created: time,
-        held: epoch == 2,
-        state,
     };
     let retained = Retained {
         ino: Ino(7),
@@ -71,12 +75,10 @@ fn records() -> Vec<Record> {
         SnapshotState::Suspect,
         SnapshotState::Invalid,
     ];
-    let snapshots = states
-        .into_iter()
-        .zip(1..)
-        .map(|(state, epoch)| crate::sync::Arc::new(info(epoch, state)))
-        .collect::<Vec<_>>()
-        .into();
+    let mut snapshots = Rows::default();
+    for (state, epoch) in states.into_iter().zip(1..) {
+        snapshots.set(info(epoch, state));
+    }
     let edits = vec![
         (Epoch(1), Edit::Drop),
         (Epoch(2), Edit::Set(info(2, SnapshotState::Suspect))),
@@ -365,4 +367,33 @@ fn layers_merge_by_key_and_the_newest_wins() {
     }
     layers.thaw();
     assert!(layers.bytes() > 0);
+}
+
+#[test]
+fn rows_are_found_by_number_and_old_versions_stay() {
+    let mut rows = Rows::default();
+    for epoch in [3, 1, 7, 5] {
+        rows.set(info(epoch, SnapshotState::Ready));
+    }
+    let old = rows.clone();
+    rows.set(info(5, SnapshotState::Invalid));
+    rows.set(info(9, SnapshotState::Ready));
+    let numbers = |rows: &Rows| rows.iter().map(|s| s.epoch.0).collect::<Vec<_>>();
+    assert_eq!(numbers(&old), [1, 3, 5, 7]);
+    assert_eq!(numbers(&rows), [1, 3, 5, 7, 9]);
+    assert_eq!(rows.last().map(|s| s.epoch), Some(Epoch(9)));
+    assert_eq!(
+        old.get(Epoch(5)).map(|s| s.state),
+        Some(SnapshotState::Ready)
+    );
+    assert_eq!(old.get(Epoch(9)), None);
+    let within = |after, to| {
+        let found = rows.within(Epoch(after), Epoch(to));
+        found.map(|s| s.epoch.0).collect::<Vec<_>>()
+    };
+    assert_eq!(within(1, 7), [3, 5, 7]);
+    assert_eq!(within(0, 4), [1, 3]);
+    assert!(within(7, 7).is_empty());
+    assert!(within(9, 2).is_empty());
+    assert!(within(9, 20).is_empty());
 }

@@ -300,7 +300,7 @@ impl<'a> Trial<'a> {
         if !damage.is_empty() {
             self.violation(at, &format!("a power cut counts as damage: {damage:?}"));
         }
-        let there: BTreeMap<Vec<u8>, std::sync::Arc<SnapshotInfo>> = engine
+        let there: BTreeMap<Vec<u8>, SnapshotInfo> = engine
             .store()
             .snapshots()
             .iter()

@@ -179,13 +179,14 @@ impl Op<'_> {
         }
         let birth = kept.birth.unwrap_or(Epoch(0));
         let mut longer: Vec<(Epoch, u64)> = Vec::new();
-        let mut after = birth;
         // Cloned: a cut must not wait for these look-ups.
         let guards = engine.guards.read().clone();
-        for &k in guards.iter() {
-            if k <= after || k >= base {
-                continue;
-            }
+        let mut older = &guards[..guards.partition_point(|k| *k < base)];
+        let mut after = birth;
+        while let Some(&k) = {
+            older = &older[older.partition_point(|k| *k <= after)..];
+            older.first()
+        } {
             // What serves k serves all up to its label.
             let Some((label, image)) = engine.store.attr_at(ino, k)? else {
                 break;

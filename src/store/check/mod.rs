@@ -183,10 +183,7 @@ impl Store {
     #[must_use]
     pub fn names_between(&self, after: Epoch, to: Epoch) -> Vec<String> {
         let table = self.snapshots.published();
-        let within = table
-            .all
-            .iter()
-            .filter(|s| s.state.keeps() && s.epoch > after && s.epoch <= to);
+        let within = table.all.within(after, to).filter(|s| s.state.keeps());
         within
             .map(|s| String::from_utf8_lossy(&s.name).into_owned())
             .collect()
@@ -198,10 +195,7 @@ impl Store {
     #[must_use]
     pub fn are_marked(&self, after: Epoch, to: Epoch) -> bool {
         let table = self.snapshots.published();
-        let mut within = table
-            .all
-            .iter()
-            .filter(|s| s.epoch > after && s.epoch <= to);
+        let mut within = table.all.within(after, to);
         within.all(|s| s.state != SnapshotState::Ready)
     }
 
