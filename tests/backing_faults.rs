@@ -6,6 +6,8 @@
 
 #[path = "support/drive.rs"]
 mod drive;
+#[path = "support/plain.rs"]
+mod plain;
 
 use cowfs::config::{Durability, OnFull};
 use cowfs::engine::{Call, Engine, EngineOptions, Failure, Faults, check};
@@ -13,6 +15,7 @@ use cowfs::store::SnapshotState;
 use cowfs::store::check::Severity;
 use cowfs::sync::{Arc, Mutex};
 use drive::{Tree, change, options, read, root, seen, snapshot, state, tree, write};
+use plain::seeds;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::io::Errno;
@@ -242,16 +245,7 @@ fn looked_over(findings: &[cowfs::store::check::Finding], context: &str) {
 /// no snapshot is lost or changed by it, and reading one fails or tells the truth.
 #[test]
 fn no_fault_of_the_backing_directory_mixes_anything() {
-    let seed = std::env::var("COWFS_SEED")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let seeds: Vec<u64> = match seed {
-        Some(seed) => vec![seed],
-        None => {
-            let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
-            (0..40).map(|n| now.wrapping_add(n)).collect()
-        }
-    };
+    let seeds = seeds(40);
     let mut hit = BTreeSet::new();
     for &seed in &seeds {
         println!("COWFS_SEED={seed} repeats this case");

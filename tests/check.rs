@@ -2,16 +2,19 @@
 //! after a repair nothing more is found.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "support/plain.rs"]
+mod plain;
+
 use cowfs::error::{Error, Result};
 use cowfs::ids::{BLOCK, Epoch, Ino};
 use cowfs::store::media::{FileMedia, Media, MediaFile};
 use cowfs::store::{
-    AttrImage, CheckReport, EntryImage, ExtentData, ObjectHandle, Retained, Severity, SnapshotInfo,
-    SnapshotState, Store, StoreOptions, Timestamp,
+    AttrImage, CheckReport, EntryImage, ExtentData, Finding, ObjectHandle, Retained, Severity,
+    SnapshotInfo, SnapshotState, Store, StoreOptions, Timestamp,
 };
 use cowfs::sync::{Arc, AtomicI64, Ordering};
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
+use plain::{copy_tree, rng};
+use rand::Rng;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -30,15 +33,6 @@ fn tiny() -> StoreOptions {
         boot: None,
         ..StoreOptions::default()
     }
-}
-
-fn seed(test: &str) -> SmallRng {
-    let seed = std::env::var("COWFS_SEED").map_or_else(
-        |_| std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64,
-        |seed| seed.parse().unwrap(),
-    );
-    println!("{test}: COWFS_SEED={seed} repeats this run");
-    SmallRng::seed_from_u64(seed)
 }
 
 fn attr(ino: u64, label: u64) -> AttrImage {
@@ -198,6 +192,12 @@ fn judge_all(store: &Store, context: &str) -> (usize, usize) {
 /// Segments that a kill leaves open: the tail of the journal, and its spare.
 const OPEN: usize = 2;
 
+/// The findings that are more than a note.
+fn bad(report: &CheckReport) -> Vec<&Finding> {
+    let bad = report.findings.iter();
+    bad.filter(|f| f.severity != Severity::Note).collect()
+}
+
 struct World {
     dir: tempfile::TempDir,
 }
@@ -264,11 +264,7 @@ impl World {
             .unwrap_or_else(|error| panic!("{context}: repair: {error}"));
         let result = judge_all(&store, context);
         let again = store.check(false).unwrap();
-        let left: Vec<_> = again
-            .findings
-            .iter()
-            .filter(|f| f.severity != Severity::Note)
-            .collect();
+        let left = bad(&again);
         assert!(
             left.is_empty(),
             "{context}: left after the repair: {left:#?}\ndone: {done:#?}\nbefore: {report:#?}"
@@ -276,11 +272,7 @@ impl World {
         store.close().unwrap();
         drop(store);
         let report = self.check(context);
-        let left: Vec<_> = report
-            .findings
-            .iter()
-            .filter(|f| f.severity != Severity::Note)
-            .collect();
+        let left = bad(&report);
         assert!(
             left.is_empty(),
             "{context}: found after the repair: {left:#?}"
@@ -301,20 +293,6 @@ impl World {
             "{context}: after the loss of the index"
         );
         result
-    }
-}
-
-fn copy_tree(from: &Path, to: &Path) {
-    std::fs::DirBuilder::new().create(to).unwrap();
-    std::fs::set_permissions(to, std::fs::metadata(from).unwrap().permissions()).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_tree(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
     }
 }
 
@@ -412,7 +390,7 @@ fn a_check_sees_no_damage_while_others_write_and_delete() {
 /// Bytes anywhere in the journal, one at a time.
 #[test]
 fn flipped_bytes_of_the_journal_are_found_and_never_served() {
-    let mut rng = seed("flipped");
+    let mut rng = rng("flipped");
     for closed in [true, false] {
         let world = World::new(closed);
         for round in 0..25 {
@@ -446,7 +424,7 @@ fn flipped_bytes_of_the_journal_are_found_and_never_served() {
 /// The same with no index to fall back on: what cannot be told is not served.
 #[test]
 fn flipped_bytes_without_an_index_make_snapshots_invalid() {
-    let mut rng = seed("no index");
+    let mut rng = rng("no index");
     let world = World::new(true);
     let mut invalid = 0;
     for round in 0..25 {
@@ -482,7 +460,7 @@ fn flipped_bytes_without_an_index_make_snapshots_invalid() {
 
 #[test]
 fn flipped_bytes_of_the_index_harm_nothing() {
-    let mut rng = seed("index");
+    let mut rng = rng("index");
     let world = World::new(true);
     for round in 0..15 {
         let world = world.copy();

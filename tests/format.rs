@@ -2,12 +2,15 @@
 //! written from the page alone; and the golden store of version 1 opens and shows what it was made with.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "support/plain.rs"]
+mod plain;
+
 use cowfs::ids::{BLOCK, Epoch, Ino};
 use cowfs::store::{
     AttrImage, EntryImage, ExtentData, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Store,
     StoreOptions, Timestamp,
 };
-use std::os::unix::fs::PermissionsExt;
+use plain::copy_tree;
 use std::path::{Path, PathBuf};
 
 fn options() -> StoreOptions {
@@ -331,20 +334,6 @@ fn every_record_is_written_as_the_page_says() {
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1")
-}
-
-fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o700)).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_tree(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 /// The store that the first release wrote. `COWFS_MAKE_GOLDEN=DIR` writes such a store to DIR, for a new format.

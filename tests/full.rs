@@ -5,6 +5,8 @@
 mod drive;
 #[path = "support/faults.rs"]
 mod faults;
+#[path = "support/plain.rs"]
+mod plain;
 
 use cowfs::config::OnFull;
 use cowfs::engine::Engine;
@@ -15,6 +17,7 @@ use cowfs::store::media::FileMedia;
 use cowfs::sync::{Arc, Ordering};
 use drive::{Tree, change, find, options, read, root, seen, snapshot, state, tree, write};
 use faults::{Fault, FaultyMedia};
+use plain::seeds;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::io::Errno;
@@ -359,17 +362,7 @@ fn check_cuts(engine: &Engine, cuts: &mut BTreeMap<String, Tree>, on_full: OnFul
 /// snapshot is right or says that it is not, and what was acknowledged is there after opening anew.
 #[test]
 fn no_fault_of_the_journal_mixes_anything() {
-    let seed = std::env::var("COWFS_SEED")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let seeds: Vec<u64> = match seed {
-        Some(seed) => vec![seed],
-        None => {
-            let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
-            (0..40).map(|n| now.wrapping_add(n)).collect()
-        }
-    };
-    for seed in seeds {
+    for seed in seeds(40) {
         println!("COWFS_SEED={seed} repeats this case");
         fault_case(seed);
     }

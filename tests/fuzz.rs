@@ -2,11 +2,15 @@
 //! panic or allocate without bound. The functions are those of fuzz/; here a mutator with a seed drives them.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "support/plain.rs"]
+mod plain;
+
 use cowfs::config::parse_options;
 use cowfs::control::{MountOrder, parse_mountinfo};
 use cowfs::store::fuzz;
+use plain::rng;
+use rand::Rng;
 use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -14,15 +18,6 @@ use std::path::Path;
 /// Inputs for each function; `COWFS_FUZZ_INPUTS` makes it longer (scripts/fuzz).
 fn inputs() -> u64 {
     std::env::var("COWFS_FUZZ_INPUTS").map_or(20_000, |n| n.parse().unwrap())
-}
-
-fn rng(test: &str) -> SmallRng {
-    let seed = std::env::var("COWFS_SEED").map_or_else(
-        |_| std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64,
-        |seed| seed.parse().unwrap(),
-    );
-    println!("{test}: COWFS_SEED={seed} repeats this run");
-    SmallRng::seed_from_u64(seed)
 }
 
 /// The segments of the golden store.

@@ -1,6 +1,9 @@
 //! The store as a whole: crashes, damage, rotation, compaction, faults.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "support/plain.rs"]
+mod plain;
+
 use cowfs::error::{Error, Result};
 use cowfs::ids::{BLOCK, Epoch, Ino, Lsn};
 use cowfs::store::media::{FileMedia, Media, MediaFile};
@@ -9,6 +12,7 @@ use cowfs::store::{
     StoreOptions, Timestamp,
 };
 use cowfs::sync::{Arc, AtomicBool, AtomicU32, Condvar, Mutex, Ordering};
+use plain::copy_tree;
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -315,19 +319,6 @@ fn a_damaged_payload_is_never_served() {
         store.read_extent(&extent, 2, &mut buf),
         Err(Error::Os(Errno::INVAL))
     ));
-}
-
-fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_tree(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 #[test]

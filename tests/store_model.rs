@@ -6,12 +6,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "support/plain.rs"]
+mod plain;
+
 use cowfs::error::Result;
 use cowfs::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
 use cowfs::store::{
     AttrImage, EntryImage, ExtentData, ObjectHandle, Retained, SnapshotInfo, SnapshotState, Store,
     StoreOptions, Timestamp,
 };
+use plain::copy_tree;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::cell::RefCell;
@@ -582,20 +586,6 @@ impl Test {
         assert!(stats.journal_bytes < 200 << 10, "{stats:?}");
         // The session's, the segment in which the journal ends, and the next.
         assert!(journal_files(&self.path()) <= 3, "{stats:?}");
-    }
-}
-
-fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    std::fs::set_permissions(to, std::fs::metadata(from).unwrap().permissions()).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_tree(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
     }
 }
 

@@ -2,8 +2,9 @@
 
 use crate::disk::{Disk, Event, Fate, Files, Pending};
 use crate::live::{Since, State, Taste};
+use crate::plain::copy_tree;
 use crate::view;
-use crate::world::{FIRST_BOOT, History, Mark, Opening, copy_tree, fresh};
+use crate::world::{FIRST_BOOT, History, Mark, Opening, fresh};
 use cowfs::config::Durability;
 use cowfs::engine::Engine;
 use cowfs::engine::handle::OpenFile;

@@ -11,6 +11,8 @@
 mod disk;
 mod image;
 mod live;
+#[path = "../support/plain.rs"]
+mod plain;
 mod view;
 mod world;
 

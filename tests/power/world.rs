@@ -2,6 +2,7 @@
 
 use crate::disk::{Disk, Drive, Event, Files, Timeline};
 use crate::live::{Place, State, States};
+use crate::plain::copy_tree;
 use crate::view::{self, View};
 use cowfs::config::{Durability, SpacePolicy};
 use cowfs::engine::attr::{SetAttr, SetTime};
@@ -571,19 +572,6 @@ impl History {
 
     pub fn all_states(&self) -> Vec<Arc<State>> {
         self.states.lock().clone()
-    }
-}
-
-pub fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_tree(&entry.path(), &to);
-        } else {
-            std::fs::copy(entry.path(), to).unwrap();
-        }
     }
 }
 
