@@ -209,6 +209,8 @@ fn the_other_modes_do_as_they_say() {
     while filler.write_all_at(&[7; 64 << 10], at).is_ok() {
         at += 64 << 10;
     }
+    // The snapshots held nearly all of the disk, and live data goes before them.
+    assert!(at > 40 * MIB as u64, "{at}");
     let newest = format!("s{cuts}");
     // It takes a record, for which there is room, or none.
     let made = fs::create_dir(mount.snapshot_path(&newest)).is_ok();

@@ -96,6 +96,8 @@ pub struct Room {
     retained: AtomicU64,
     /// How full it was said to be in the log since there was room last.
     told: Mutex<Level>,
+    /// The round of upkeep after which all is free that has been given up until now.
+    freed_by: AtomicU64,
 }
 
 impl Room {
@@ -105,6 +107,7 @@ impl Room {
             left: AtomicI64::new(i64::MAX),
             retained: AtomicU64::new(0),
             told: Mutex::default(),
+            freed_by: AtomicU64::new(0),
         }
     }
 
@@ -315,12 +318,14 @@ impl Engine {
         }
         if !victims.is_empty() {
             self.snapshots.touch();
+            let round = self.upkeep.next_round();
+            self.room.freed_by.fetch_max(round, Ordering::SeqCst);
         }
         Ok(())
     }
 
     /// Gives one snapshot up for room: the oldest that is not held, and the newest, which becomes invalid, only if
-    /// `all`. False if there is none.
+    /// `all`. In the mode `invalidate` every one becomes invalid. False if there is none.
     fn give_up_oldest(&self, all: bool, why: &str) -> Result<bool> {
         let cut = self.under_cut.lock();
         let kept = self.snapshots.kept_ones();
@@ -330,7 +335,8 @@ impl Engine {
         let Some(victim) = victim else {
             return Ok(false);
         };
-        self.give_up(&[(victim.clone(), !is_newest(victim))], why)?;
+        let deleted = self.room.policy.on_full == OnFull::Drop && !is_newest(victim);
+        self.give_up(&[(victim.clone(), deleted)], why)?;
         self.refresh_guards(*cut);
         Ok(true)
     }
@@ -351,14 +357,16 @@ impl Engine {
     /// Whether the space of a snapshot that was given up is still on its way back.
     fn reclaims(&self) -> bool {
         let deleting = |s: &crate::store::SnapshotInfo| s.state == SnapshotState::Deleting;
-        !self.snapshots.dead_are_unread() || self.store.snapshots().iter().any(deleting)
+        !self.snapshots.dead_are_unread()
+            || self.store.snapshots().iter().any(deleting)
+            || self.upkeep.owes(self.room.freed_by.load(Ordering::SeqCst))
     }
 
     /// Whether there may be room now for a change that met a full disk itself: what snapshots hold there would be
     /// free without them. Held ones stay.
     fn makes_room(&self, error: &Error, wanted: u64, patience: &mut Patience) -> bool {
         let full = matches!(error, Error::Os(_)) && error.is_full();
-        if !full || self.room.policy.on_full != OnFull::Drop || self.store.is_poisoned() {
+        if !full || !self.gives_way() || self.store.is_poisoned() {
             return false;
         }
         let (Ok(usage), Ok(disk)) = (self.space(), self.backing.statvfs()) else {

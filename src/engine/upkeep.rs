@@ -62,6 +62,17 @@ impl Upkeep {
         !signal.stop
     }
 
+    /// The number of the next round to begin: once it has ended, what is to be freed now is free.
+    pub(super) fn next_round(&self) -> u64 {
+        self.signal.0.lock().begun + 1
+    }
+
+    /// Whether this round has still to end. No round is to come if no thread runs.
+    pub(super) fn owes(&self, round: u64) -> bool {
+        let ended = self.signal.0.lock().ended;
+        ended < round && !self.threads.lock().is_empty()
+    }
+
     fn end_round(&self) {
         let mut signal = self.signal.0.lock();
         signal.ended = signal.begun;
