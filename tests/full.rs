@@ -12,6 +12,7 @@ use cowfs::config::OnFull;
 use cowfs::engine::Engine;
 use cowfs::engine::object::Node;
 use cowfs::error::Error;
+use cowfs::ids::Epoch;
 use cowfs::store::SnapshotState;
 use cowfs::store::media::FileMedia;
 use cowfs::sync::{Arc, Ordering};
@@ -409,4 +410,29 @@ fn what_never_fits_costs_no_snapshot() {
     }
     assert_eq!(state(&engine, "a"), Some(SnapshotState::Ready));
     assert_eq!(seen(&engine, &["a", "f"]).unwrap(), b"f");
+}
+
+/// One round of upkeep deletes as many snapshots as it takes to have room again, also beside the thread that does so.
+#[test]
+fn a_round_of_upkeep_makes_enough_room() {
+    const SIZE: usize = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("f"), vec![0; SIZE]).unwrap();
+    let engine = open(dir.path());
+    for n in 1..=12 {
+        engine.snapshot(format!("s{n}").as_bytes()).unwrap();
+        assert_eq!(write(&engine, "f", 0, &[n; SIZE]).unwrap(), SIZE);
+    }
+    engine.close().unwrap();
+    drop(engine);
+    let mut limited = options();
+    limited.space.limit = Some(6 * SIZE as u64);
+    limited.upkeep = Some(Duration::from_secs(3600));
+    let engine = Engine::open(dir.path(), limited).unwrap();
+    engine.upkeep().unwrap();
+    let left = engine.store().snapshots();
+    assert!(left.len() <= 6, "{} are left", left.len());
+    assert_eq!(left.last().map(|s| s.epoch), Some(Epoch(12)));
+    assert!(seen(&engine, &["s12", "f"]).unwrap() == [11; SIZE]);
+    engine.close().unwrap();
 }

@@ -1116,3 +1116,31 @@ fn the_segment_in_which_the_journal_ends_stays() {
         drop(store);
     }
 }
+
+/// A snapshot that became invalid, and was emptied then, leaves nothing behind when it is deleted; and one that is deleted
+/// already does not come back as an invalid one.
+#[test]
+fn an_invalid_snapshot_can_be_deleted_and_a_deleted_one_stays_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, tiny());
+    let free = || while store.reclaim(&|_| Ok(())).unwrap() {};
+    store.record_snapshot(&snapshot(1)).unwrap();
+    store.keep_attr(FILE, Epoch(1), &attr(1)).unwrap();
+    store
+        .give_up(&[(Epoch(1), SnapshotState::Invalid)])
+        .unwrap();
+    free();
+    assert_eq!(store.snapshots().len(), 1);
+    store.delete_snapshot(Epoch(1)).unwrap();
+    free();
+    assert!(store.snapshots().is_empty());
+    store.record_snapshot(&snapshot(2)).unwrap();
+    store.delete_snapshot(Epoch(2)).unwrap();
+    let marks = [
+        (Epoch(2), SnapshotState::Invalid),
+        (Epoch(3), SnapshotState::Invalid),
+    ];
+    store.give_up(&marks).unwrap();
+    free();
+    assert!(store.snapshots().is_empty());
+}

@@ -96,8 +96,9 @@ pub struct Room {
     retained: AtomicU64,
     /// How full it was said to be in the log since there was room last.
     told: Mutex<Level>,
-    /// The round of upkeep after which all is free that has been given up until now.
-    freed_by: AtomicU64,
+    /// How often snapshots were given up, and of these, after how many all that they held was freed.
+    given: AtomicU64,
+    freed: AtomicU64,
 }
 
 impl Room {
@@ -107,7 +108,8 @@ impl Room {
             left: AtomicI64::new(i64::MAX),
             retained: AtomicU64::new(0),
             told: Mutex::default(),
-            freed_by: AtomicU64::new(0),
+            given: AtomicU64::new(0),
+            freed: AtomicU64::new(0),
         }
     }
 
@@ -139,6 +141,16 @@ impl Room {
             *told = level;
         }
         news
+    }
+
+    /// How often snapshots were given up.
+    pub(super) fn given(&self) -> u64 {
+        self.given.load(Ordering::SeqCst)
+    }
+
+    /// All is free that was held by what had been given up when [`Self::given`] was `given`.
+    pub(super) fn note_freed(&self, given: u64) {
+        self.freed.fetch_max(given, Ordering::SeqCst);
     }
 
     /// Takes a measurement up.
@@ -318,8 +330,7 @@ impl Engine {
         }
         if !victims.is_empty() {
             self.snapshots.touch();
-            let round = self.upkeep.next_round();
-            self.room.freed_by.fetch_max(round, Ordering::SeqCst);
+            self.room.given.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())
     }
@@ -328,6 +339,10 @@ impl Engine {
     /// `all`. In the mode `invalidate` every one becomes invalid. False if there is none.
     fn give_up_oldest(&self, all: bool, why: &str) -> Result<bool> {
         let cut = self.under_cut.lock();
+        // Another change that met the same full disk may have been first.
+        if self.reclaims() {
+            return Ok(true);
+        }
         let kept = self.snapshots.kept_ones();
         let newest = kept.last().map(|snapshot| snapshot.info.epoch);
         let is_newest = |snapshot: &Snapshot| Some(snapshot.info.epoch) == newest;
@@ -359,7 +374,7 @@ impl Engine {
         let deleting = |s: &crate::store::SnapshotInfo| s.state == SnapshotState::Deleting;
         !self.snapshots.dead_are_unread()
             || self.store.snapshots().iter().any(deleting)
-            || self.upkeep.owes(self.room.freed_by.load(Ordering::SeqCst))
+            || self.room.freed.load(Ordering::SeqCst) < self.room.given()
     }
 
     /// Whether there may be room now for a change that met a full disk itself: what snapshots hold there would be
@@ -397,6 +412,7 @@ impl Engine {
         if !waiting && !self.give_up_oldest(true, why).unwrap_or(false) {
             return false;
         }
+        patience.tried_again = false;
         if waiting {
             std::thread::sleep(RETRY);
         }

@@ -20,7 +20,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// What brings objects to a cut one by one, where changes wait in the kernel that the engine has not seen yet.
 ///
-/// `prepare`, then `bring` until all are across or it fails, then `release`, then `finish`. A round that does not
+/// `prepare`, then `bring` until all are across or it fails, then `release`; these once more if it can be tried again; then
+/// `finish`. A round that does not
 /// bring all across takes its epoch with it: no snapshot gets its number, and what was kept under it serves older ones.
 pub trait Barrier: Send + Sync {
     /// Gets from the kernel what can be had without making anybody wait.
@@ -203,6 +204,7 @@ impl Engine {
             match cut {
                 Err(Error::Os(Errno::BUSY)) if start.elapsed() < PATIENCE => {
                     std::thread::sleep(PAUSE);
+                    barrier.prepare()?;
                 }
                 other => return other,
             }
@@ -272,22 +274,23 @@ impl Engine {
             state: SnapshotState::Ready,
         };
         let mut under_cut = self.under_cut.lock();
-        let recorded = match under_cut.take() {
+        let appended = match under_cut.take() {
             // A pre-image of it is missing: it has never been.
             Some(cut) if cut.spoiled => Err(Error::Os(Errno::NOSPC)),
-            _ => settled
-                .and_then(|()| self.store.record_snapshot(&info))
-                .and_then(|lsn| self.settle(lsn))
-                .and_then(|()| self.note_cut(next)),
+            _ => settled.and_then(|()| self.store.record_snapshot(&info)),
         };
-        match recorded {
+        let there = appended.is_ok();
+        let recorded = appended
+            .and_then(|lsn| self.settle(lsn))
+            .and_then(|()| self.note_cut(next));
+        // A record that cannot be taken back is one of a snapshot: pre-images are kept for it, or changes fail.
+        if recorded.is_ok() || (there && self.store.delete_snapshot(next).is_err()) {
             // It is guarded already.
-            Ok(()) => {
-                self.snapshots.insert(info);
-                self.snapshots.touch();
-            }
+            self.snapshots.insert(info);
+            self.snapshots.touch();
+        } else {
             // Without its record it does not exist; what was kept for it serves older ones as well.
-            Err(_) => self.refresh_guards(None),
+            self.refresh_guards(None);
         }
         drop(under_cut);
         recorded.map(|()| (next, quiesce))

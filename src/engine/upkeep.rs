@@ -62,17 +62,6 @@ impl Upkeep {
         !signal.stop
     }
 
-    /// The number of the next round to begin: once it has ended, what is to be freed now is free.
-    pub(super) fn next_round(&self) -> u64 {
-        self.signal.0.lock().begun + 1
-    }
-
-    /// Whether this round has still to end. No round is to come if no thread runs.
-    pub(super) fn owes(&self, round: u64) -> bool {
-        let ended = self.signal.0.lock().ended;
-        ended < round && !self.threads.lock().is_empty()
-    }
-
     fn end_round(&self) {
         let mut signal = self.signal.0.lock();
         signal.ended = signal.begun;
@@ -187,7 +176,12 @@ impl Engine {
 
     /// Frees what deleted and invalid snapshots held.
     fn free_space(&self) -> Result<()> {
-        while self.snapshots.dead_are_unread() && self.store.reclaim(&|dead| self.release(dead))? {
+        let given = self.room.given();
+        while self.snapshots.dead_are_unread() {
+            if !self.store.reclaim(&|dead| self.release(dead))? {
+                self.room.note_freed(given);
+                break;
+            }
             if self.upkeep.stopping() {
                 break;
             }

@@ -7,7 +7,7 @@
 
 use crate::engine::object::NodeId;
 use crate::error::{Error, Result};
-use crate::sync::{Arc, AtomicU32, Mutex, Ordering};
+use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering};
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -74,6 +74,8 @@ pub(super) struct FlushHelper {
 }
 
 struct Pipes {
+    /// The helper was killed, and may not have ended yet.
+    given_up: bool,
     child: Child,
     orders: ChildStdin,
     answers: ChildStdout,
@@ -113,7 +115,7 @@ impl FlushHelper {
         if nodes.is_empty() && order != Order::Drop {
             return Ok(Vec::new());
         }
-        let mut pipes = self.pipes.lock();
+        let mut pipes = self.ready_pipes()?;
         pipes.order(order, nodes, None).or_else(|error| {
             log::warn!(
                 "{}: the flush helper is gone ({error}); starting another",
@@ -130,6 +132,15 @@ impl FlushHelper {
         })?
     }
 
+    /// The pipes of a helper that has no order to carry out.
+    fn ready_pipes(&self) -> Result<MutexGuard<'_, Pipes>> {
+        let mut pipes = self.pipes.lock();
+        if pipes.given_up {
+            self.replace(&mut pipes)?;
+        }
+        Ok(pipes)
+    }
+
     /// Another helper in place of this one, which ends.
     fn replace(&self, pipes: &mut Pipes) -> Result<()> {
         *pipes = Pipes::start(&self.mountpoint)?;
@@ -137,14 +148,15 @@ impl FlushHelper {
         Ok(())
     }
 
-    /// [`Order::Seal`]: returns those of `nodes` that the kernel does not know any more. `tick` is called every
-    /// [`TICK`] meanwhile, and ends the waiting, and the helper, when it fails.
+    /// As [`Self::ask`], by the descriptors that were taken. `tick` is called every [`TICK`] meanwhile, and ends the
+    /// waiting, and the helper, when it fails.
     ///
     /// # Errors
     /// Those of `tick`, of fsync(2), and `EIO` when the helper is gone: its descriptors are gone with it, so there
     /// is nothing that another could go on with.
-    pub(super) fn seal(
+    pub(super) fn ask_watched(
         &self,
+        order: Order,
         nodes: &[NodeId],
         tick: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Vec<NodeId>> {
@@ -152,19 +164,20 @@ impl FlushHelper {
             return Ok(Vec::new());
         }
         let mut given_up = None;
-        let mut pipes = self.pipes.lock();
+        let mut pipes = self.ready_pipes()?;
         let mut tick = || {
             tick().map_err(|error| {
                 given_up = Some(error);
                 std::io::Error::from(std::io::ErrorKind::TimedOut)
             })
         };
-        let answer = pipes.order(Order::Seal, nodes, Some(&mut tick));
+        let answer = pipes.order(order, nodes, Some(&mut tick));
         match (answer, given_up) {
             (Ok(answer), _) => answer,
             (Err(_), Some(error)) => {
-                // It waits for a lock that somebody else holds, and its answer would be taken for another's.
-                self.replace(&mut pipes)?;
+                // Its answer would be taken for another's. It may wait for a lock whose holder waits for the end of the
+                // hold, so that there is no waiting for its end here.
+                pipes.give_up();
                 Err(error)
             }
             (Err(error), None) => {
@@ -199,11 +212,19 @@ impl Pipes {
             .map_err(failed)?;
         match (child.stdin.take(), child.stdout.take()) {
             (Some(orders), Some(answers)) => Ok(Self {
+                given_up: false,
                 child,
                 orders,
                 answers,
             }),
             _ => Err(failed(std::io::ErrorKind::BrokenPipe.into())),
+        }
+    }
+
+    fn give_up(&mut self) {
+        self.given_up = true;
+        if let Err(error) = self.child.kill() {
+            log::debug!("flush helper: {error}");
         }
     }
 
@@ -251,9 +272,7 @@ impl Drop for Pipes {
     fn drop(&mut self) {
         // Between two orders it ends at once. One that hangs with a dead mount must not make the daemon hang
         // too: it gets a moment, and ends when the mount does.
-        if let Err(error) = self.child.kill() {
-            log::debug!("flush helper: {error}");
-        }
+        self.give_up();
         let deadline = Instant::now() + Duration::from_secs(1);
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));

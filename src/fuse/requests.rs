@@ -341,7 +341,11 @@ impl Filesystem for Adapter {
             let syncs = live.sync_each_write.is_some() && !cached;
             Ok((file, n, syncs))
         });
-        let engine = self.engine.clone();
+        // Again: the kernel writes pages of mappings back while it makes a seal.
+        if let Some(gate) = &self.gate {
+            gate.note_change(ino.0);
+        }
+        let (engine, gate) = (self.engine.clone(), self.gate.clone());
         match (written, &self.changes) {
             (Ok((file, Some(n), true)), _) => self.blocking.run(move || {
                 let done = writable(&file).and_then(|live| engine.sync_write(live));
@@ -361,6 +365,9 @@ impl Filesystem for Adapter {
                         Ok(n)
                     });
                     drop(file);
+                    if let Some(gate) = gate {
+                        gate.note_change(ino.0);
+                    }
                     answer!(reply, done, n => reply.written(n as u32));
                 });
             }

@@ -25,6 +25,8 @@ const LONGEST_HOLD: Duration = Duration::from_secs(10);
 /// Ticks without anything done after which questions of permission are answered, and of writes.
 const STUCK: u32 = 2;
 const DEADLOCKED: u32 = 6;
+/// And all that may hold a lock is carried out, sealed or not.
+const HOPELESS: u32 = 40;
 /// Threads that carry out what was held.
 const RELEASE_THREADS: usize = 4;
 
@@ -74,6 +76,8 @@ struct Hold<J> {
     /// A sealed file was changed: that is out of the snapshot.
     changed: bool,
     parked: Vec<Parked<J>>,
+    /// When the hold began.
+    since: Instant,
 }
 
 struct Parked<J> {
@@ -91,6 +95,7 @@ impl<J> Hold<J> {
             late: false,
             changed: false,
             parked: Vec::new(),
+            since: Instant::now(),
         }
     }
 
@@ -99,6 +104,7 @@ impl<J> Hold<J> {
         let first = self.phase == Phase::Open;
         self.phase = Phase::Held(next);
         if first {
+            self.since = Instant::now();
             // After the phase: a file that is opened from now on is not answered for before the hold ends.
             self.active = active();
         }
@@ -202,6 +208,23 @@ impl<J> Hold<J> {
             .extract_if(.., |parked| stuck(&parked.kind))
             .collect();
         self.late |= !taken.is_empty();
+        taken
+    }
+
+    /// What may have the lock of a file that cannot be sealed: somebody who has that may wait for the lock of a sealed
+    /// file, whose holder waits here (rename(2) takes two). The round does not count.
+    fn take_locks(&mut self) -> Vec<Parked<J>> {
+        let active = &self.active;
+        let taken: Vec<_> = self
+            .parked
+            .extract_if(.., |parked| match &parked.kind {
+                Kind::Attributes { node, .. } => active.contains(node),
+                Kind::Locks(_) | Kind::Times => true,
+                Kind::Makes => false,
+            })
+            .collect();
+        self.late |= !taken.is_empty();
+        self.changed |= !taken.is_empty();
         taken
     }
 
@@ -316,8 +339,8 @@ impl Gate {
         Ok(())
     }
 
-    /// `node` is changed by what is carried out whether it is sealed or not. To be called before that is answered, and, if
-    /// the kernel does not keep a seal from being made meanwhile, after it is done.
+    /// `node` is changed by what is carried out whether it is sealed or not. To be called when that is done and before it is
+    /// answered.
     pub(super) fn note_change(&self, node: NodeId) {
         self.advance();
         if self.held.load(Ordering::SeqCst) {
@@ -327,8 +350,9 @@ impl Gate {
 
     /// Whether a file was changed after its seal, of those of a round whose seals are all made. What was written is in the
     /// kernel's memory as yet, or its WRITE has come.
-    fn changed_after_seal(&self, active: &[NodeId]) -> Result<bool> {
-        let unwritten = self.helper.ask(Order::Look, active)?;
+    fn changed_after_seal(&self, active: &[NodeId], watch: &Watch) -> Result<bool> {
+        let tick = &mut || watch.in_time();
+        let unwritten = self.helper.ask_watched(Order::Look, active, tick)?;
         Ok(!unwritten.is_empty() || self.hold.lock().changed)
     }
 
@@ -373,10 +397,7 @@ impl Gate {
 
     /// Called while the helper makes the seals: resolves what waits for what is held here, and knows when to give up.
     fn watch(&self, watch: &mut Watch) -> Result<()> {
-        if watch.began.elapsed() > LONGEST_HOLD {
-            log::warn!("no exact cut in {LONGEST_HOLD:?}: a file cannot be brought to it");
-            return Err(Errno::BUSY.into());
-        }
+        watch.in_time()?;
         let progress = self.progress.load(Ordering::Relaxed);
         if progress != watch.seen || self.syncing.load(Ordering::Relaxed) > 0 {
             (watch.seen, watch.silent) = (progress, 0);
@@ -391,15 +412,30 @@ impl Gate {
             let parked = self.hold.lock().take_writes();
             self.run(parked, FOREVER);
         }
+        if watch.silent >= HOPELESS {
+            let parked = self.hold.lock().take_locks();
+            self.run(parked, FOREVER);
+        }
         Ok(())
     }
 }
 
 /// What is known of the progress of a round.
 struct Watch {
+    /// When the hold began.
     began: Instant,
     seen: u64,
     silent: u32,
+}
+
+impl Watch {
+    fn in_time(&self) -> Result<()> {
+        if self.began.elapsed() > LONGEST_HOLD {
+            log::warn!("no exact cut in {LONGEST_HOLD:?}: a file cannot be brought to it");
+            return Err(Errno::BUSY.into());
+        }
+        Ok(())
+    }
 }
 
 impl Barrier for Gate {
@@ -410,27 +446,34 @@ impl Barrier for Gate {
     }
 
     fn bring(&self, next: Epoch) -> Result<Brought> {
-        let mut active: Vec<NodeId> = {
+        let (mut active, began): (Vec<NodeId>, _) = {
             let mut hold = self.hold.lock();
             self.held.store(true, Ordering::SeqCst);
             hold.begin(next, || self.engine.writable_nodes().into_iter().collect());
-            hold.active.iter().copied().collect()
+            (hold.active.iter().copied().collect(), hold.since)
         };
         active.sort_unstable();
         self.invalidate(&active)?;
         let mut watch = Watch {
-            began: Instant::now(),
+            began,
             seen: 0,
             silent: 0,
         };
         let gone = match cfg!(feature = "plant-no-seal") {
-            false => self.helper.seal(&active, &mut || self.watch(&mut watch))?,
+            false => {
+                let tick = &mut || self.watch(&mut watch);
+                self.helper.ask_watched(Order::Seal, &active, tick)?
+            }
             // The planted bug: what the kernel still holds back is not asked for.
             true => active.clone(),
         };
         for node in gone {
-            // The kernel has not been told of it yet, so it holds nothing of it, and writes to it will ask first.
-            self.seal(node)?;
+            // The kernel has not been told of it yet, so it holds nothing of it, and writes to it will ask first. Or it
+            // has been removed and is known no more, and is in no snapshot.
+            match self.seal(node) {
+                Err(Error::Os(Errno::STALE)) => drop(self.hold.lock().seal(node)),
+                other => other?,
+            }
         }
         let late = {
             let mut hold = self.hold.lock();
@@ -440,7 +483,7 @@ impl Barrier for Gate {
             }
             hold.close()
         };
-        if !late || !self.changed_after_seal(&active)? {
+        if !late || !self.changed_after_seal(&active, &watch)? {
             return Ok(Brought::All);
         }
         let parked = self.hold.lock().reopen(next);
@@ -623,5 +666,19 @@ mod tests {
         assert!(!hold.late, "no write can go on by that");
         assert_eq!(jobs(hold.take_writes()), ["seek"]);
         assert!(hold.late);
+    }
+
+    #[test]
+    fn whoever_has_a_lock_goes_on_in_the_end() {
+        // fchmod(2) of the sealed file waits here and has its lock; rename(2) has that of 11 and waits for it.
+        let mut hold = hold();
+        hold.seal(10);
+        assert_eq!(hold.judge(&Kind::Locks(vec![10])), Verdict::Park);
+        hold.park(Kind::Locks(vec![10]), "lock");
+        hold.park(asks(10, true), "seek");
+        hold.park(Kind::Makes, "make");
+        assert!(jobs(hold.take_writes()).is_empty());
+        assert_eq!(jobs(hold.take_locks()), ["lock", "seek"]);
+        assert!(hold.late && hold.changed, "the round counts for nothing");
     }
 }

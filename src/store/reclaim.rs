@@ -11,7 +11,7 @@ use super::count::Uncounted;
 use super::key::{self, Aspect, IndexState, Piece, Touch};
 use super::lookup::{label_at_end, piece_range, runs};
 use super::snapshots::Published;
-use super::types::{Retained, SnapshotInfo};
+use super::types::{Retained, SnapshotInfo, SnapshotState};
 use crate::error::Result;
 use crate::ids::{BLOCK, CHUNK_BLOCKS, Epoch, Ino};
 use std::collections::BTreeSet;
@@ -137,7 +137,10 @@ impl Store {
         let (from, to) = if upkeep.sweep {
             (Epoch(0), table.epoch)
         } else {
-            let due = |s: &&SnapshotInfo| !upkeep.emptied.contains(&s.epoch);
+            // One that became invalid first, and was deleted then, has nothing left but its row.
+            let due = |s: &&SnapshotInfo| {
+                s.state == SnapshotState::Deleting || !upkeep.emptied.contains(&s.epoch)
+            };
             let k = table.given_up().find(due)?.epoch;
             let next = table.kept().find(|n| *n > k);
             // What is labelled below the oldest snapshot is of cuts that were given up.

@@ -264,12 +264,17 @@ impl Store {
     /// As [`Store::keep_attr`]; then some leading part may be marked.
     pub fn give_up(&self, marks: &[(Epoch, SnapshotState)]) -> Result<()> {
         for some in marks.chunks(MARKS_AT_ONCE) {
-            let edits = some
-                .iter()
-                .map(|(epoch, state)| (*epoch, Edit::State(*state)));
-            let lsn = self
-                .snapshots
-                .change(&self.journal, true, |_| edits.collect())?;
+            let lsn = self.snapshots.change(&self.journal, true, |table| {
+                // One that somebody has deleted meanwhile stays so.
+                let stands = |(epoch, state): &&(Epoch, SnapshotState)| {
+                    let row = table.snapshots.get(*epoch);
+                    row.is_some_and(|s| s.state != SnapshotState::Deleting || s.state == *state)
+                };
+                let marks = some.iter().filter(stands);
+                marks
+                    .map(|(epoch, state)| (*epoch, Edit::State(*state)))
+                    .collect()
+            })?;
             self.journal.wait_durable(lsn)?;
         }
         Ok(())
