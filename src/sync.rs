@@ -3,4 +3,4 @@
 pub use crossbeam::channel;
 pub use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 pub use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-pub use std::sync::{Arc, LazyLock, Weak};
+pub use std::sync::{Arc, LazyLock, OnceLock, Weak};

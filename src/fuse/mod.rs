@@ -6,6 +6,7 @@
 mod attach;
 mod change;
 mod convert;
+mod crew;
 pub mod flush;
 mod handover;
 mod intent;
@@ -42,8 +43,8 @@ use writeback::Gate;
 
 /// How long the kernel may believe what it was told: cowfs is the only way in, so for ever.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Threads that take requests from the kernel, for each mount. More than one, so that a read from a cold disk
-/// does not hold up everybody else.
+/// Threads that can take requests from the kernel, for each mount. More than one, so that a read from a cold disk
+/// does not hold up everybody else; how many do is for the [`crew`].
 const REQUEST_THREADS: usize = 4;
 /// Threads for requests that may block, of each kind: reads that wait for a disk do not queue behind syncs.
 const BLOCKING_THREADS: usize = 8;
@@ -131,7 +132,7 @@ impl Adapter {
         let engine = self.engine.clone();
         let file = self.reader.file(fh);
         let syncing = self.gate.as_ref().map(Gate::syncing);
-        self.blocking.run(move || {
+        self.wait_for_disk(move || {
             let _syncing = syncing;
             let done = file.and_then(|file| match &*file {
                 OpenFile::Live(live) => engine.fsync(live, datasync),
@@ -139,6 +140,16 @@ impl Adapter {
             });
             answer!(reply, done, () => reply.ok());
         });
+    }
+
+    /// Runs `work`, which waits for a disk and then answers, so that it holds up no other request: here, when another
+    /// thread takes the next request, because being handed to a thread costs as much as a disk with a cache.
+    fn wait_for_disk(&self, work: impl FnOnce() + Send + 'static) {
+        if self.reader.crew.hand_over() {
+            work();
+        } else {
+            self.blocking.run(work);
+        }
     }
 }
 

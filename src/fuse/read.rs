@@ -2,6 +2,7 @@
 
 use super::FOREVER;
 use super::convert::{errno, file_attr, file_type};
+use super::crew::Crew;
 use super::handover::SnapshotMounts;
 use super::pool::Pool;
 use super::reply::{answer, reply_absent, reply_xattr};
@@ -52,6 +53,8 @@ pub(super) struct Reader {
     pub(super) root: Node,
     /// How the kernel may keep listings.
     pub(super) listings: FopenFlags,
+    /// The threads that take its requests.
+    pub(super) crew: Arc<Crew>,
     /// Threads for what may have to wait for a disk.
     pub(super) waiting: Arc<Pool>,
 }
@@ -64,6 +67,7 @@ impl Reader {
             handles: engine.handles().clone(),
             root: Node::Live(engine.root()),
             listings: FopenFlags::empty(),
+            crew: Crew::new(),
             waiting,
             engine,
         }

@@ -36,6 +36,7 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _turn = self.reader.crew.turn();
         if parent.0 == ROOT_NODE
             && self.is_helper(req)
             && let Some(node) = flush::node_of_name(name)
@@ -66,10 +67,12 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        let _turn = self.reader.crew.turn_aside();
         self.reader.forget(ino, nlookup);
     }
 
     fn getattr(&self, req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _turn = self.reader.crew.turn();
         match &self.gate {
             None => self.reader.getattr(ino, fh, FOREVER, reply),
             Some(gate) if self.is_helper(req) => {
@@ -104,6 +107,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _turn = self.reader.crew.turn();
         let set = SetAttr {
             mode,
             uid,
@@ -158,6 +162,7 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        let _turn = self.reader.crew.turn();
         self.reader.readlink(ino, reply);
     }
 
@@ -171,6 +176,7 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        let _turn = self.reader.crew.turn();
         self.make(
             req,
             (parent, name),
@@ -190,6 +196,7 @@ impl Filesystem for Adapter {
         umask: u32,
         reply: ReplyEntry,
     ) {
+        let _turn = self.reader.crew.turn();
         if let Ok(folder @ Node::Folder(_)) = self.reader.node(parent) {
             return self.create_snapshot(req, folder, name, reply);
         }
@@ -211,6 +218,7 @@ impl Filesystem for Adapter {
         target: &Path,
         reply: ReplyEntry,
     ) {
+        let _turn = self.reader.crew.turn();
         self.make(
             req,
             (parent, name),
@@ -222,10 +230,12 @@ impl Filesystem for Adapter {
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.reader.crew.turn();
         self.remove(req, parent, name, false, reply);
     }
 
     fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.reader.crew.turn();
         self.remove(req, parent, name, true, reply);
     }
 
@@ -239,6 +249,7 @@ impl Filesystem for Adapter {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         self.move_name(req, (parent, name), (newparent, newname), flags, reply);
     }
 
@@ -250,6 +261,7 @@ impl Filesystem for Adapter {
         newname: &OsStr,
         reply: ReplyEntry,
     ) {
+        let _turn = self.reader.crew.turn();
         self.add_name(req, ino, (newparent, newname), reply);
     }
 
@@ -263,10 +275,12 @@ impl Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        let _turn = self.reader.crew.turn();
         self.create_file(req, (parent, name), (mode, umask), flags, reply);
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let _turn = self.reader.crew.turn();
         if self.is_helper(req) {
             return reply.opened(HELPER_HANDLE, FopenFlags::FOPEN_KEEP_CACHE);
         }
@@ -306,6 +320,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.read(fh, offset, size, reply);
     }
 
@@ -321,6 +336,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _turn = self.reader.crew.turn();
         let caller = write_flags
             .contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
             .then(|| Unprivileged {
@@ -347,7 +363,7 @@ impl Filesystem for Adapter {
         }
         let (engine, gate) = (self.engine.clone(), self.gate.clone());
         match (written, &self.changes) {
-            (Ok((file, Some(n), true)), _) => self.blocking.run(move || {
+            (Ok((file, Some(n), true)), _) => self.wait_for_disk(move || {
                 let done = writable(&file).and_then(|live| engine.sync_write(live));
                 drop(file);
                 answer!(reply, done, () => reply.written(n as u32));
@@ -398,6 +414,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.release(fh, reply);
     }
 
@@ -409,10 +426,12 @@ impl Filesystem for Adapter {
         datasync: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         self.fsync_file(req, ino, fh, datasync, reply);
     }
 
     fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let _turn = self.reader.crew.turn();
         if let Some(id) = self.resent.opened(req) {
             return reply.opened(FileHandle(id), self.reader.listings);
         }
@@ -427,6 +446,7 @@ impl Filesystem for Adapter {
         offset: u64,
         reply: ReplyDirectory,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.readdir(fh, offset, reply);
     }
 
@@ -438,6 +458,7 @@ impl Filesystem for Adapter {
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
+        let _turn = self.reader.crew.turn();
         let reader = self.reader.clone();
         let list = move |_| reader.readdirplus(fh, offset, reply);
         match &self.gate {
@@ -455,6 +476,7 @@ impl Filesystem for Adapter {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.releasedir(fh, reply);
     }
 
@@ -466,6 +488,7 @@ impl Filesystem for Adapter {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         let (engine, dir) = (self.engine.clone(), self.reader.handles.dir(fh.0));
         self.blocking.run(move || {
             answer!(reply, dir.and_then(|dir| engine.fsync_dir(&dir)), () => reply.ok());
@@ -473,6 +496,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let _turn = self.reader.crew.turn();
         self.reader.statfs(reply);
     }
 
@@ -486,6 +510,7 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         if let Ok(node) = self.reader.node(ino)
             && let Some(order) = status::hold_order(&self.engine, &node, name, value)
         {
@@ -502,6 +527,7 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let _turn = self.reader.crew.turn();
         let node = match self.reader.node(ino) {
             Ok(node) => node,
             Err(error) => return reply.error(errno(&error)),
@@ -521,10 +547,12 @@ impl Filesystem for Adapter {
     }
 
     fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let _turn = self.reader.crew.turn();
         self.reader.listxattr(req, ino, size, reply);
     }
 
     fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.reader.crew.turn();
         self.remove_attribute(req, ino, name, reply);
     }
 
@@ -538,6 +566,7 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         let (engine, file, caller) = (self.engine.clone(), self.reader.file(fh), unprivileged(req));
         let change = move || {
             let done = file
@@ -563,6 +592,7 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
+        let _turn = self.reader.crew.turn();
         let Some(gate) = &self.gate else {
             return self.reader.lseek(fh, offset, whence, reply);
         };
@@ -587,6 +617,7 @@ impl Filesystem for Adapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        let _turn = self.reader.crew.turn();
         if self.gate.is_some() {
             // The kernel copies by itself then, in its cache, where each write can be cut.
             return reply.error(Errno::ENOSYS);

@@ -127,10 +127,12 @@ impl Server {
         let waiting = Arc::new(Pool::new("reading", BLOCKING_THREADS)?);
         let snapshots = SnapshotMounts::new(engine.clone(), config.clone(), waiting, kept.served);
         let adapter = Adapter::new(snapshots.clone(), helpers, gate.clone(), &found)?;
+        let crew = adapter.reader.crew.clone();
         let session = match device {
             Some(device) => resume(config, adapter, device)?,
             None => begin(config, adapter, kept, &engine)?,
         };
+        crew.serve(rustix::io::dup(&session)?);
         let notifier = session.notifier();
         if let Some(gate) = gate {
             gate.set_notifier(notifier.clone());

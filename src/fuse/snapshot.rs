@@ -4,6 +4,7 @@
 
 use super::FOREVER;
 use super::convert::errno;
+use super::crew::Crew;
 use super::handover::SnapshotMounts;
 use super::read::Reader;
 use super::reply::{answer, reply_xattr};
@@ -37,11 +38,17 @@ impl SnapshotAdapter {
                 root: view.root(),
                 // A listing never changes.
                 listings: FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
+                crew: Crew::new(),
                 waiting: mounts.waiting.clone(),
             },
             mounts,
             _view: view,
         }
+    }
+
+    /// The threads that take its requests.
+    pub(super) fn crew(&self) -> Arc<Crew> {
+        self.reader.crew.clone()
     }
 }
 
@@ -51,22 +58,27 @@ impl Filesystem for SnapshotAdapter {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _turn = self.reader.crew.turn();
         self.reader.lookup(parent, name, reply);
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
+        let _turn = self.reader.crew.turn_aside();
         self.reader.forget(ino, nlookup);
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _turn = self.reader.crew.turn();
         self.reader.getattr(ino, fh, FOREVER, reply);
     }
 
     fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        let _turn = self.reader.crew.turn();
         self.reader.readlink(ino, reply);
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let _turn = self.reader.crew.turn();
         answer!(reply, self.reader.open(ino, flags, req.unique().0), id => {
             reply.opened(FileHandle(id), FopenFlags::FOPEN_KEEP_CACHE);
         });
@@ -83,6 +95,7 @@ impl Filesystem for SnapshotAdapter {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.read(fh, offset, size, reply);
     }
 
@@ -95,6 +108,7 @@ impl Filesystem for SnapshotAdapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.lseek(fh, offset, whence, reply);
     }
 
@@ -108,14 +122,17 @@ impl Filesystem for SnapshotAdapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.release(fh, reply);
     }
 
     fn opendir(&self, req: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let _turn = self.reader.crew.turn();
         self.reader.opendir(req, ino, reply);
     }
 
     fn readdir(&self, _: &Request, _: INodeNo, fh: FileHandle, at: u64, reply: ReplyDirectory) {
+        let _turn = self.reader.crew.turn();
         self.reader.readdir(fh, at, reply);
     }
 
@@ -127,18 +144,22 @@ impl Filesystem for SnapshotAdapter {
         at: u64,
         reply: ReplyDirectoryPlus,
     ) {
+        let _turn = self.reader.crew.turn();
         self.reader.readdirplus(fh, at, reply);
     }
 
     fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        let _turn = self.reader.crew.turn();
         self.reader.releasedir(fh, reply);
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let _turn = self.reader.crew.turn();
         self.reader.statfs(reply);
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let _turn = self.reader.crew.turn();
         match self.reader.node(ino) {
             Ok(node) => self.reader.getxattr(&self.mounts, &node, name, size, reply),
             Err(error) => reply_xattr(reply, Err(error), size),
@@ -146,6 +167,7 @@ impl Filesystem for SnapshotAdapter {
     }
 
     fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let _turn = self.reader.crew.turn();
         self.reader.listxattr(req, ino, size, reply);
     }
 

@@ -301,6 +301,24 @@ pub(crate) fn kill_daemons(bin: &Path, mnt: &Path) -> usize {
     pids.len()
 }
 
+/// Where each thread of a process that hangs is: its name, what it waits for in the kernel, and its system call
+/// (proc(5), /proc/pid/wchan, stack and syscall).
+fn where_threads_are(pid: Pid) -> String {
+    let mut lines = format!("the threads of {}:", pid.as_raw_nonzero());
+    let tasks = fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero()));
+    for task in tasks.into_iter().flatten().flatten() {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        lines += &format!(
+            "\n{} {} {}\n{}",
+            read("comm").trim(),
+            read("wchan"),
+            read("syscall").trim(),
+            read("stack").trim_end()
+        );
+    }
+    lines
+}
+
 /// Ends a test that takes too long: kills the daemon, so that whatever hangs in the mount fails; if the
 /// test has not ended a minute later, ends the whole process.
 struct Watchdog {
@@ -721,6 +739,11 @@ impl Mount {
             }
         }
         detach(&self.mnt);
+        if result.is_err() {
+            for pid in daemons(&self.bin, &self.mnt) {
+                eprintln!("{}", where_threads_are(pid));
+            }
+        }
         if kill_daemons(&self.bin, &self.mnt) > 0 && result.is_ok() {
             result = Err("the daemon outlived its mount".to_owned());
         }

@@ -1,0 +1,547 @@
+//! Which of a mount's request threads take requests: one, as long as it keeps up.
+//!
+//! Half the price of a request is waking who is to answer it. So one thread goes back to the device again and again,
+//! with all that it needs in its processor's cache, and looks for the next request for a moment before it sleeps: a
+//! caller that asks one thing after the other never has to wake it. The other threads are parked. One of them keeps
+//! watch, and goes to the device as soon as a request takes so long that others might wait behind it.
+//!
+//! fuser owns the loop that reads requests, so all this is done at the end of each one, by its [`Turn`]: the reply is
+//! out, and the thread has not yet gone back to the loop.
+
+use super::REQUEST_THREADS;
+use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard, OnceLock, Weak};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use std::cell::OnceCell;
+use std::time::{Duration, Instant};
+
+/// How long a thread looks for the next request before it sleeps. A caller needs 10 to 20 µs to wake up, and then a few
+/// for what it does (docs/PERFORMANCE.md).
+const LOOK: Duration = Duration::from_micros(50);
+/// Giving way to others takes no longer than this if there are none. So often in a row there must have been some for
+/// nobody to look any more, and for so long.
+const YIELDED: Duration = Duration::from_micros(5);
+const DISTURBED: u32 = 3;
+const CROWDED: Duration = Duration::from_millis(5);
+/// Requests that follow one another within this time come from somebody who asks one after the other. More than
+/// [`LOOK`], because it contains the time in which a thread at the device wakes up.
+const PROMPT: Duration = Duration::from_micros(80);
+/// A request that takes longer has waited for something, if not for its turn on a processor.
+const SLOW: Duration = Duration::from_micros(100);
+/// How often the watch looks whether the threads at the device still get on.
+const TICK: Duration = Duration::from_millis(1);
+/// So many requests within this time for which others may have waited are more than what the scheduler does to anybody.
+const OFTEN: (u32, Duration) = (8, Duration::from_millis(100));
+/// After so many ticks without a request the watch sleeps until there is one.
+const IDLE_TICKS: u32 = 20;
+/// So many requests in a row that have waited for the one before are more than one thread can do.
+const BEHIND: u32 = 16;
+/// How long more than one thread stays at the device after there last was a reason.
+const CALM: Duration = Duration::from_secs(1);
+
+/// What is added to [`Crew::progress`] for a request that is done.
+const DONE: u64 = 1 << 16;
+
+/// The request threads of one mount.
+pub(super) struct Crew {
+    /// Where requests come from, once they can.
+    device: OnceLock<OwnedFd>,
+    processors: usize,
+    epoch: Instant,
+    /// Requests done (upper 48 bits), and threads that are in one.
+    progress: AtomicU64,
+    /// Threads that are not parked.
+    active: AtomicUsize,
+    /// Threads that should be at the device when nothing is going on.
+    wanted: AtomicUsize,
+    /// Since the beginning, in ns: when there last was a reason for more than one, when the last request was done,
+    raised: AtomicU64,
+    last: AtomicU64,
+    /// and until when others are taken to need the processors.
+    crowded: AtomicU64,
+    /// Looks in a row that somebody else's work interrupted.
+    disturbed: AtomicU32,
+    /// Requests in a row that waited for the one before.
+    behind: AtomicU32,
+    /// The watch sleeps until a request comes.
+    drowsy: AtomicBool,
+    parked: Mutex<Parked>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct Parked {
+    /// Parked threads that are to go back to the device.
+    called: usize,
+    /// Requests that took long, as [`OFTEN`] counts them, and since when.
+    slow: (u32, Duration),
+    /// One of them keeps watch.
+    watched: bool,
+    /// The mount is ending: nobody is parked any more.
+    over: bool,
+}
+
+/// A thread's membership. Its end is how the others learn that the device is gone: fuser's loop returns then.
+struct Member(Weak<Crew>);
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if let Some(crew) = self.0.upgrade() {
+            crew.parked.lock().over = true;
+            crew.wake.notify_all();
+        }
+    }
+}
+
+thread_local! {
+    static MEMBER: OnceCell<Member> = const { OnceCell::new() };
+}
+
+impl Crew {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            device: OnceLock::new(),
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            epoch: Instant::now(),
+            progress: AtomicU64::new(0),
+            active: AtomicUsize::new(0),
+            wanted: AtomicUsize::new(1),
+            raised: AtomicU64::new(0),
+            last: AtomicU64::new(0),
+            crowded: AtomicU64::new(0),
+            disturbed: AtomicU32::new(0),
+            behind: AtomicU32::new(0),
+            drowsy: AtomicBool::new(false),
+            parked: Mutex::default(),
+            wake: Condvar::new(),
+        })
+    }
+
+    /// Tells where requests come from. Before that every thread takes requests.
+    pub(super) fn serve(&self, device: OwnedFd) {
+        if self.device.set(device).is_err() {
+            log::error!("request threads were given two devices");
+        }
+    }
+
+    /// A request begins; it ends, with its reply, before the value is dropped.
+    pub(super) fn turn(self: &Arc<Self>) -> Turn<'_> {
+        MEMBER.with(|member| {
+            member.get_or_init(|| {
+                self.active.fetch_add(1, Ordering::SeqCst);
+                Member(Arc::downgrade(self))
+            });
+        });
+        let began = self.epoch.elapsed();
+        let since = began.saturating_sub(nanoseconds(&self.last));
+        self.progress.fetch_add(1, Ordering::SeqCst);
+        if self.drowsy.load(Ordering::SeqCst) {
+            let _parked = self.parked.lock();
+            self.drowsy.store(false, Ordering::SeqCst);
+            self.wake.notify_all();
+        }
+        Turn {
+            crew: self,
+            began,
+            prompt: since < PROMPT,
+        }
+    }
+
+    /// A request begins that nobody waits for, one of many: it says nothing of when the next one comes.
+    pub(super) fn turn_aside(self: &Arc<Self>) -> Turn<'_> {
+        let mut turn = self.turn();
+        turn.prompt = false;
+        turn
+    }
+
+    /// Another thread goes to the device, because this one is about to wait for a disk. False if there is none, so that
+    /// this one must not wait.
+    pub(super) fn hand_over(&self) -> bool {
+        if self.at_device() > 0 {
+            return true;
+        }
+        let mut parked = self.parked.lock();
+        let called = parked.called;
+        self.call(&mut parked);
+        parked.called > called
+    }
+
+    /// Threads that are not parked and not in a request: at the device, or about to be.
+    fn at_device(&self) -> usize {
+        let working = (self.progress.load(Ordering::SeqCst) % DONE) as usize;
+        self.active.load(Ordering::SeqCst).saturating_sub(working)
+    }
+
+    /// What a thread does when it is through with a request that took from `began` to `now`.
+    fn rest(&self, began: Duration, now: Duration, prompt: bool) {
+        let Some(device) = self.device.get() else {
+            return;
+        };
+        let mut wanted = self.wanted.load(Ordering::Relaxed);
+        if wanted > 1 && now.saturating_sub(nanoseconds(&self.raised)) > CALM {
+            wanted = 1;
+            self.wanted.store(1, Ordering::Relaxed);
+        }
+        if self.at_device() > wanted {
+            return self.park(wanted);
+        }
+        let slow = now.saturating_sub(began) > SLOW;
+        if !prompt && !slow {
+            return;
+        }
+        if waits(device) {
+            let behind = self.behind.fetch_add(1, Ordering::Relaxed) + 1;
+            if slow {
+                self.note_slow(&mut self.parked.lock(), now);
+            } else if behind >= BEHIND && wanted < self.processors / 2 {
+                self.raise(&mut self.parked.lock(), now);
+            }
+            return;
+        }
+        self.behind.store(0, Ordering::Relaxed);
+        // With more threads at the device the request would be somebody else's.
+        if wanted == 1 && prompt && self.processors > 1 && now > nanoseconds(&self.crowded) {
+            self.look(device, now);
+        }
+    }
+
+    /// Looks for the next request for a moment.
+    fn look(&self, device: &OwnedFd, began: Duration) {
+        let mut now = began;
+        while now < began + LOOK && !waits(device) {
+            let before = self.epoch.elapsed();
+            std::thread::yield_now();
+            now = self.epoch.elapsed();
+            if now - before > YIELDED {
+                // Somebody else has used this processor: the caller perhaps. It is better to sleep if that goes on.
+                if self.disturbed.fetch_add(1, Ordering::Relaxed) >= DISTURBED {
+                    store(&self.crowded, now + CROWDED);
+                }
+                return;
+            }
+        }
+        self.disturbed.store(0, Ordering::Relaxed);
+    }
+
+    /// Counts a request that took long while others waited: they do better with more threads if that goes on.
+    fn note_slow(&self, parked: &mut Parked, now: Duration) {
+        if now.saturating_sub(parked.slow.1) > OFTEN.1 {
+            parked.slow = (0, now);
+        }
+        parked.slow.0 += 1;
+        if parked.slow.0 >= OFTEN.0 {
+            parked.slow = (0, now);
+            self.raise(parked, now);
+        }
+    }
+
+    /// Has one more thread stay at the device.
+    fn raise(&self, parked: &mut Parked, now: Duration) {
+        store(&self.raised, now);
+        self.behind.store(0, Ordering::Relaxed);
+        let wanted = self.wanted.load(Ordering::Relaxed);
+        self.wanted
+            .store((wanted + 1).min(REQUEST_THREADS), Ordering::Relaxed);
+        self.call(parked);
+    }
+
+    /// Has one more thread go to the device, if there is one.
+    fn call(&self, parked: &mut Parked) {
+        let resting = REQUEST_THREADS.saturating_sub(self.active.load(Ordering::SeqCst));
+        if parked.called < resting {
+            parked.called += 1;
+            self.wake.notify_all();
+        }
+    }
+
+    /// Waits until there is need of this thread, unless there is already: `wanted` at the device, without it.
+    fn park(&self, wanted: usize) {
+        let mut parked = self.parked.lock();
+        if parked.over || self.at_device() <= wanted {
+            return;
+        }
+        self.active.fetch_sub(1, Ordering::SeqCst);
+        while !parked.over && parked.called == 0 {
+            if parked.watched {
+                self.wake.wait(&mut parked);
+            } else {
+                parked.watched = true;
+                self.watch(&mut parked);
+                parked.watched = false;
+            }
+        }
+        parked.called = parked.called.saturating_sub(1);
+        self.active.fetch_add(1, Ordering::SeqCst);
+        // The next one keeps watch.
+        self.wake.notify_all();
+    }
+
+    /// Keeps watch until a parked thread is called: by itself, when every thread that is not parked has been in the
+    /// same request for a tick; no longer than two ticks pass from the beginning of such a request.
+    fn watch(&self, parked: &mut MutexGuard<'_, Parked>) {
+        let mut idle = 0;
+        while !parked.over && parked.called == 0 {
+            let before = self.progress.load(Ordering::SeqCst);
+            if idle < IDLE_TICKS {
+                self.wake.wait_for(parked, TICK);
+            } else {
+                self.drowsy.store(true, Ordering::SeqCst);
+                // Who began before this was stored is seen here; who begins later sees it.
+                if self.progress.load(Ordering::SeqCst) == before {
+                    self.wake.wait(parked);
+                }
+                self.drowsy.store(false, Ordering::SeqCst);
+                idle = 0;
+                continue;
+            }
+            let stands = self.progress.load(Ordering::SeqCst) == before;
+            if stands && self.at_device() == 0 {
+                self.call(parked);
+                self.note_slow(parked, self.epoch.elapsed());
+            }
+            idle = if stands { idle + 1 } else { 0 };
+        }
+    }
+}
+
+fn nanoseconds(time: &AtomicU64) -> Duration {
+    Duration::from_nanos(time.load(Ordering::Relaxed))
+}
+
+fn store(time: &AtomicU64, value: Duration) {
+    time.store(value.as_nanos() as u64, Ordering::Relaxed);
+}
+
+/// Whether a request waits to be read, or the device is gone.
+fn waits(device: &OwnedFd) -> bool {
+    const AT_ONCE: Timespec = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut there = [PollFd::new(device, PollFlags::IN)];
+    poll(&mut there, Some(&AT_ONCE)) != Ok(0)
+}
+
+/// A request that a thread is in. To be made first, so that it is dropped last.
+pub(super) struct Turn<'a> {
+    crew: &'a Crew,
+    /// Since the crew's beginning.
+    began: Duration,
+    /// It followed the request before it closely.
+    prompt: bool,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let now = self.crew.epoch.elapsed();
+        store(&self.crew.last, now);
+        self.crew.progress.fetch_add(DONE - 1, Ordering::SeqCst);
+        // A thread that panics ends, and must not wait before that.
+        if !std::thread::panicking() {
+            self.crew.rest(self.began, now, self.prompt);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+    use crate::sync::channel::{Receiver, Sender, unbounded};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use std::collections::HashSet;
+    use std::thread::{JoinHandle, ThreadId};
+
+    /// What the threads of fuser do, with a socket for the device and these for requests.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Sent {
+        Quick,
+        /// It takes until the test allows it to end.
+        Stuck,
+        /// So does this one, which says so before; but it ends at once as `Refused` if it must not.
+        Disk,
+        Refused,
+    }
+
+    struct Rig {
+        crew: Arc<Crew>,
+        kernel: Option<OwnedFd>,
+        done: Receiver<(Sent, ThreadId)>,
+        allow: Sender<()>,
+        threads: Vec<JoinHandle<()>>,
+    }
+
+    fn rig() -> Rig {
+        let (kernel, device) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let crew = Crew::new();
+        crew.serve(rustix::io::dup(&device).unwrap());
+        let device = Arc::new(device);
+        let (tell, done) = unbounded();
+        let (allow, allowed) = unbounded();
+        let threads = (0..REQUEST_THREADS).map(|_| {
+            let (crew, device) = (crew.clone(), device.clone());
+            let (tell, allowed) = (tell.clone(), allowed.clone());
+            std::thread::spawn(move || {
+                let mut request = [0];
+                // Nothing to read is the end, as ENODEV is that of a device.
+                while rustix::io::read(&*device, &mut request).unwrap() == 1 {
+                    let _turn = crew.turn();
+                    let sent = match request[0] {
+                        0 => Sent::Quick,
+                        1 => Sent::Stuck,
+                        _ if crew.hand_over() => Sent::Disk,
+                        _ => Sent::Refused,
+                    };
+                    if matches!(sent, Sent::Stuck | Sent::Disk) {
+                        allowed.recv().unwrap();
+                    }
+                    tell.send((sent, std::thread::current().id())).unwrap();
+                }
+            })
+        });
+        let threads = threads.collect();
+        Rig {
+            crew,
+            kernel: Some(kernel),
+            done,
+            allow,
+            threads,
+        }
+    }
+
+    /// No wait of a test goes on for ever.
+    const LONG: Duration = Duration::from_secs(60);
+
+    impl Rig {
+        fn send(&self, sent: Sent) {
+            rustix::io::write(self.kernel.as_ref().unwrap(), &[sent as u8]).unwrap();
+        }
+
+        fn answer(&self) -> (Sent, ThreadId) {
+            self.done.recv_timeout(LONG).expect("no answer")
+        }
+
+        fn ask(&self) -> ThreadId {
+            self.send(Sent::Quick);
+            let (sent, thread) = self.answer();
+            assert_eq!(sent, Sent::Quick);
+            thread
+        }
+
+        /// Asks until one thread alone answers, as it has to be in the end.
+        fn settle(&self) {
+            let end = Instant::now() + LONG;
+            while (0..100).map(|_| self.ask()).collect::<HashSet<_>>().len() > 1 {
+                assert!(Instant::now() < end, "several threads go on to answer");
+            }
+        }
+
+        /// The device goes away, and all threads end.
+        fn end(mut self) {
+            self.kernel = None;
+            let end = Instant::now() + LONG;
+            for thread in self.threads.drain(..) {
+                while !thread.is_finished() {
+                    assert!(
+                        Instant::now() < end,
+                        "a thread is still there after the end"
+                    );
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                thread.join().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn one_thread_answers_who_asks_one_after_the_other() {
+        let rig = rig();
+        rig.settle();
+        rig.end();
+    }
+
+    #[test]
+    fn threads_that_never_had_a_request_end_too() {
+        rig().end();
+        // One has had one, and is not parked although the others are at the device.
+        let one = rig();
+        one.ask();
+        one.end();
+    }
+
+    #[test]
+    fn a_request_that_takes_long_holds_up_no_other() {
+        let rig = rig();
+        rig.settle();
+        // All threads but one are stuck.
+        for stuck in 1..REQUEST_THREADS {
+            rig.send(Sent::Stuck);
+            for _ in 0..100 {
+                rig.ask();
+            }
+            assert!(rig.done.is_empty(), "{stuck} are stuck, and nothing else");
+        }
+        for _ in 1..REQUEST_THREADS {
+            rig.allow.send(()).unwrap();
+            assert_eq!(rig.answer().0, Sent::Stuck);
+        }
+        rig.ask();
+        rig.end();
+    }
+
+    #[test]
+    fn a_thread_that_waits_for_a_disk_hands_over_and_the_last_does_not_wait() {
+        let rig = rig();
+        rig.settle();
+        for _ in 0..REQUEST_THREADS {
+            rig.send(Sent::Disk);
+        }
+        assert_eq!(rig.answer().0, Sent::Refused);
+        for _ in 0..100 {
+            rig.ask();
+        }
+        for _ in 1..REQUEST_THREADS {
+            rig.allow.send(()).unwrap();
+            assert_eq!(rig.answer().0, Sent::Disk);
+        }
+        rig.settle();
+        rig.end();
+    }
+
+    #[test]
+    fn the_watch_wakes_up_from_a_long_pause() {
+        let rig = rig();
+        rig.settle();
+        // Long enough for the watch to go to sleep.
+        let end = Instant::now() + LONG;
+        while !rig.crew.drowsy.load(Ordering::SeqCst) {
+            assert!(Instant::now() < end, "the watch stays awake");
+            std::thread::sleep(TICK);
+        }
+        rig.send(Sent::Stuck);
+        rig.ask();
+        rig.allow.send(()).unwrap();
+        assert_eq!(rig.answer().0, Sent::Stuck);
+        rig.end();
+    }
+
+    #[test]
+    fn one_thread_answers_again_when_nothing_takes_long_any_more() {
+        let rig = rig();
+        rig.settle();
+        rig.send(Sent::Stuck);
+        rig.ask();
+        rig.allow.send(()).unwrap();
+        rig.answer();
+        rig.settle();
+        rig.end();
+    }
+}
