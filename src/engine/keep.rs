@@ -15,8 +15,9 @@ use super::room::{SMALL, UnderCut};
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino, Lsn};
+use crate::planted::{self, Bug};
 use crate::store::{AttrImage, Retained, Store};
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, AtomicU64, Ordering};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::time::Instant;
@@ -48,8 +49,7 @@ impl Engine {
     /// Locks `objects` (the same one may stand there twice) and enters the epoch.
     pub fn begin<'a>(&'a self, objects: &[&'a Object]) -> Op<'a> {
         let waited = self.cutting.load(Ordering::Relaxed).then(Instant::now);
-        #[cfg(feature = "plant-epoch-before-lock")]
-        let planted = self.planted_epoch();
+        let planted = planted::has(Bug::EpochBeforeLock).then(|| self.planted_epoch());
         let mut order: [Option<&'a Object>; MOST_OBJECTS] = [None; MOST_OBJECTS];
         for (place, object) in order.iter_mut().zip(objects) {
             *place = Some(*object);
@@ -67,9 +67,7 @@ impl Engine {
         if let Some(start) = waited {
             self.upkeep.note_wait(start.elapsed());
         }
-        let entered = inflight.epoch();
-        #[cfg(feature = "plant-epoch-before-lock")]
-        let entered = planted.min(entered);
+        let entered = planted.map_or(inflight.epoch(), |planted| planted.min(inflight.epoch()));
         Op {
             engine: self,
             entered,
@@ -80,10 +78,9 @@ impl Engine {
     }
 
     /// The planted bug: the epoch is read long before the objects are locked, and not again.
-    #[cfg(feature = "plant-epoch-before-lock")]
     fn planted_epoch(&self) -> Epoch {
-        static CALLS: crate::sync::AtomicU64 = crate::sync::AtomicU64::new(0);
-        static READ: crate::sync::AtomicU64 = crate::sync::AtomicU64::new(0);
+        static CALLS: AtomicU64 = AtomicU64::new(0);
+        static READ: AtomicU64 = AtomicU64::new(0);
         if CALLS.fetch_add(1, Ordering::SeqCst).is_multiple_of(64) {
             READ.store(self.epochs.current().0, Ordering::SeqCst);
         }

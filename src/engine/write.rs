@@ -6,6 +6,7 @@ use super::handle::{LiveFile, OpenFile};
 use super::keep::{Op, Range};
 use super::object::Object;
 use crate::error::{Error, Result};
+use crate::planted::{self, Bug};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 
@@ -194,7 +195,7 @@ impl Engine {
         range: &Range,
         apply: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        if cfg!(feature = "plant-apply-before-journal") {
+        if planted::has(Bug::ApplyBeforeJournal) {
             let done = apply()?;
             op.keep_data(object, fd, range)?;
             return Ok(done);

@@ -14,6 +14,7 @@ use crate::engine::object::NodeId;
 use crate::engine::snapshot::{Barrier, Brought};
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
+use crate::planted::{self, Bug};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use fuser::{INodeNo, Notifier};
 use rustix::io::Errno;
@@ -121,7 +122,7 @@ impl<J> Hold<J> {
         match (self.phase, kind) {
             (Phase::Open, _) => return Verdict::Run,
             // The planted bug: writes go on while the seals are made.
-            (_, Kind::Attributes { of_write: true, .. }) if cfg!(feature = "plant-no-hold") => {
+            (_, Kind::Attributes { of_write: true, .. }) if planted::has(Bug::NoHold) => {
                 return Verdict::Run;
             }
             (_, Kind::Attributes { node, .. }) if !self.active.contains(node) => {
@@ -459,7 +460,7 @@ impl Barrier for Gate {
             seen: 0,
             silent: 0,
         };
-        let gone = match cfg!(feature = "plant-no-seal") {
+        let gone = match planted::has(Bug::NoSeal) {
             false => {
                 let tick = &mut || self.watch(&mut watch);
                 self.helper.ask_watched(Order::Seal, &active, tick)?

@@ -9,6 +9,7 @@ use cowfs::config::Durability;
 use cowfs::engine::Engine;
 use cowfs::engine::handle::OpenFile;
 use cowfs::engine::object::{Node, ROOT_NODE};
+use cowfs::planted::{self, Bug};
 use cowfs::store::{SnapshotInfo, SnapshotState};
 use cowfs::sync::Arc;
 use rand::Rng;
@@ -222,7 +223,7 @@ impl<'a> Trial<'a> {
         let (events, states) = (timeline.lock().clone(), states.lock().clone());
         self.look(at, &engine, image.killed, Some(&image.state));
         // The planted bug is to be noticed by what is lost, and not by what it does to any tree.
-        if !cfg!(feature = "plant-apply-before-journal") && rng.random_bool(0.2) {
+        if !planted::has(Bug::ApplyBeforeJournal) && rng.random_bool(0.2) {
             self.go_on(at, &engine);
         }
         drop(engine);
