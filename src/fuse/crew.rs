@@ -155,18 +155,6 @@ impl Crew {
         turn
     }
 
-    /// Another thread goes to the device, because this one is about to wait for a disk. False if there is none, so that
-    /// this one must not wait.
-    pub(super) fn hand_over(&self) -> bool {
-        if self.at_device() > 0 {
-            return true;
-        }
-        let mut parked = self.parked.lock();
-        let called = parked.called;
-        self.call(&mut parked);
-        parked.called > called
-    }
-
     /// Threads that are not parked and not in a request: at the device, or about to be.
     fn at_device(&self) -> usize {
         let working = (self.progress.load(Ordering::SeqCst) % DONE) as usize;
@@ -360,9 +348,6 @@ mod tests {
         Quick,
         /// It takes until the test allows it to end.
         Stuck,
-        /// So does this one, which says so before; but it ends at once as `Refused` if it must not.
-        Disk,
-        Refused,
     }
 
     struct Rig {
@@ -396,11 +381,9 @@ mod tests {
                     let _turn = crew.turn();
                     let sent = match request[0] {
                         0 => Sent::Quick,
-                        1 => Sent::Stuck,
-                        _ if crew.hand_over() => Sent::Disk,
-                        _ => Sent::Refused,
+                        _ => Sent::Stuck,
                     };
-                    if matches!(sent, Sent::Stuck | Sent::Disk) {
+                    if sent == Sent::Stuck {
                         allowed.recv().unwrap();
                     }
                     tell.send((sent, std::thread::current().id())).unwrap();
@@ -494,25 +477,6 @@ mod tests {
             assert_eq!(rig.answer().0, Sent::Stuck);
         }
         rig.ask();
-        rig.end();
-    }
-
-    #[test]
-    fn a_thread_that_waits_for_a_disk_hands_over_and_the_last_does_not_wait() {
-        let rig = rig();
-        rig.settle();
-        for _ in 0..REQUEST_THREADS {
-            rig.send(Sent::Disk);
-        }
-        assert_eq!(rig.answer().0, Sent::Refused);
-        for _ in 0..100 {
-            rig.ask();
-        }
-        for _ in 1..REQUEST_THREADS {
-            rig.allow.send(()).unwrap();
-            assert_eq!(rig.answer().0, Sent::Disk);
-        }
-        rig.settle();
         rig.end();
     }
 

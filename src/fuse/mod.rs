@@ -132,7 +132,7 @@ impl Adapter {
         let engine = self.engine.clone();
         let file = self.reader.file(fh);
         let syncing = self.gate.as_ref().map(Gate::syncing);
-        self.wait_for_disk(move || {
+        self.blocking.run(move || {
             let _syncing = syncing;
             let done = file.and_then(|file| match &*file {
                 OpenFile::Live(live) => engine.fsync(live, datasync),
@@ -140,16 +140,6 @@ impl Adapter {
             });
             answer!(reply, done, () => reply.ok());
         });
-    }
-
-    /// Runs `work`, which waits for a disk and then answers, so that it holds up no other request: here, when another
-    /// thread takes the next request, because being handed to a thread costs as much as a disk with a cache.
-    fn wait_for_disk(&self, work: impl FnOnce() + Send + 'static) {
-        if self.reader.crew.hand_over() {
-            work();
-        } else {
-            self.blocking.run(work);
-        }
     }
 }
 

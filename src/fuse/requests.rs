@@ -363,7 +363,7 @@ impl Filesystem for Adapter {
         }
         let (engine, gate) = (self.engine.clone(), self.gate.clone());
         match (written, &self.changes) {
-            (Ok((file, Some(n), true)), _) => self.wait_for_disk(move || {
+            (Ok((file, Some(n), true)), _) => self.blocking.run(move || {
                 let done = writable(&file).and_then(|live| engine.sync_write(live));
                 drop(file);
                 answer!(reply, done, () => reply.written(n as u32));
