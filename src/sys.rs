@@ -124,15 +124,26 @@ pub fn has_unwritten_pages(fd: BorrowedFd<'_>) -> bool {
     done < 0 || stat[1] > 0 || stat[2] > 0
 }
 
-/// Writes back all dirty pages of an open file and waits for them, without the inode's lock
-/// (sync_file_range(2)).
+/// Has all dirty pages of an open file written back, without the inode's lock, and waits for none (sync_file_range(2)).
+///
+/// # Errors
+/// Those of the call.
+pub fn begin_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    sync_file_range(fd, libc::SYNC_FILE_RANGE_WRITE)
+}
+
+/// Writes back all dirty pages of an open file and waits for them, without the inode's lock (sync_file_range(2)).
 ///
 /// # Errors
 /// Those of the call; `EIO` if a page could not be written.
-pub fn start_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+pub fn write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
         | libc::SYNC_FILE_RANGE_WRITE
         | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    sync_file_range(fd, flags)
+}
+
+fn sync_file_range(fd: BorrowedFd<'_>, flags: libc::c_uint) -> Result<(), Errno> {
     // SAFETY: takes integers only.
     if unsafe { libc::sync_file_range(fd.as_raw_fd(), 0, 0, flags) } < 0 {
         return Err(last_errno());

@@ -18,9 +18,9 @@ fn show(what: &str, report: &Report) {
     }
 }
 
-/// Makes snapshots of a mount with these options under load.
-fn exact(options: &str) {
-    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20));
+/// Makes snapshots of a mount with these options under load, for this part of the time.
+fn exact(options: &str, part: u32) {
+    let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / part;
     let mount = Mount::with("cut", time + Duration::from_secs(400), options);
     let method = Method::Snapshot {
         mnt: mount.mnt.clone(),
@@ -42,13 +42,23 @@ fn exact(options: &str) {
 
 #[test]
 fn every_snapshot_is_an_exact_cut() {
-    exact("");
+    exact("", 1);
 }
 
 /// Where the kernel holds writes back, which takes root.
 #[test]
 fn every_snapshot_with_writeback_is_an_exact_cut() {
-    exact("cache=writeback");
+    exact("cache=writeback", 1);
+}
+
+#[test]
+fn every_snapshot_with_strict_durability_is_an_exact_cut() {
+    exact("durability=strict", 3);
+}
+
+#[test]
+fn every_snapshot_with_strict_durability_and_writeback_is_an_exact_cut() {
+    exact("durability=strict,cache=writeback", 2);
 }
 
 #[test]

@@ -337,7 +337,15 @@ fn nothing_is_lost_by_kill_9_of_a_users_daemon() {
 
 #[test]
 fn nothing_is_lost_by_kill_9() {
-    kill_again_and_again("kill", "", Random::new(seed("mounted_kill")));
+    let rounds = env_number("COWFS_KILL_ROUNDS", 100);
+    kill_again_and_again("kill", "", rounds, Random::new(seed("mounted_kill")));
+}
+
+#[test]
+fn nothing_is_lost_by_kill_9_with_strict_durability() {
+    let random = Random::new(seed("mounted_kill, strict"));
+    let rounds = env_number("COWFS_KILL_ROUNDS", 100) / 3;
+    kill_again_and_again("killstrict", "durability=strict", rounds, random);
 }
 
 /// The same where the store has little room: snapshots are given up all the time, and space is freed. Those that are
@@ -345,7 +353,8 @@ fn nothing_is_lost_by_kill_9() {
 #[test]
 fn nothing_is_lost_by_kill_9_with_little_room() {
     let random = Random::new(seed("mounted_kill, little room"));
-    kill_again_and_again("killfull", "store-limit=32M,on-full=drop", random);
+    let rounds = env_number("COWFS_KILL_ROUNDS", 100);
+    kill_again_and_again("killfull", "store-limit=32M,on-full=drop", rounds, random);
 }
 
 /// What a round of kills has come to.
@@ -364,14 +373,13 @@ struct Tally {
     given_up: usize,
 }
 
-fn kill_again_and_again(name: &str, options: &str, mut random: Random) {
-    let rounds = env_number("COWFS_KILL_ROUNDS", 100);
+fn kill_again_and_again(name: &str, options: &str, rounds: u64, mut random: Random) {
     let limit = Duration::from_secs(240 + rounds * 12);
     let mount = Mount::new(name, limit);
     mount.remount_with(options);
     let mut state = State::default();
     let mut tally = Tally::default();
-    let may_drop = !options.is_empty();
+    let may_drop = options.contains("on-full=drop");
     for round in 0..rounds {
         let delay = Duration::from_micros(random.below(150_000) as u64);
         let killed = AtomicBool::new(false);

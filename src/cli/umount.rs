@@ -15,6 +15,9 @@ const FINISH: Duration = Duration::from_secs(30);
 const SETTLE: Duration = Duration::from_secs(2);
 /// How long a daemon may take to say who it is.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long a mount may be busy with what is just being closed, and how often that is tried.
+const CLOSING: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Unmount, and return when the daemon has written its store and ended.
 ///
@@ -219,7 +222,27 @@ fn ask(place: &Path) -> Option<Status> {
     asked.recv_timeout(ANSWER).ok().flatten()
 }
 
+/// Detaches, and gives those a moment who are just closing their last file: the flush helper among them, after a cut or
+/// the death of its daemon.
 fn detach(place: &Path, lazy: bool) -> Result<()> {
+    let deadline = Instant::now() + CLOSING;
+    loop {
+        match try_detach(place, lazy) {
+            Err(Busy::Yes) if Instant::now() < deadline => std::thread::sleep(PAUSE),
+            Err(Busy::Yes) => return Err(busy(place)),
+            Err(Busy::No(error)) => return Err(error),
+            Ok(()) => return Ok(()),
+        }
+    }
+}
+
+/// Whether detaching failed because the mount is in use.
+enum Busy {
+    Yes,
+    No(Error),
+}
+
+fn try_detach(place: &Path, lazy: bool) -> Result<(), Busy> {
     let flags = if lazy {
         UnmountFlags::DETACH
     } else {
@@ -228,8 +251,8 @@ fn detach(place: &Path, lazy: bool) -> Result<()> {
     match rustix::mount::unmount(place, flags) {
         Ok(()) => Ok(()),
         Err(Errno::PERM | Errno::ACCESS) => detach_by_helper(place, lazy),
-        Err(Errno::BUSY) => Err(busy(place)),
-        Err(errno) => Err(Error::path("cannot unmount", place, errno)),
+        Err(Errno::BUSY) => Err(Busy::Yes),
+        Err(errno) => Err(Busy::No(Error::path("cannot unmount", place, errno))),
     }
 }
 
@@ -243,7 +266,7 @@ fn busy(place: &Path) -> Error {
 }
 
 /// Users other than root unmount what they mounted by the set-user-id helper of FUSE.
-fn detach_by_helper(place: &Path, lazy: bool) -> Result<()> {
+fn detach_by_helper(place: &Path, lazy: bool) -> Result<(), Busy> {
     let flags = if lazy { "-uz" } else { "-u" };
     let run = Command::new("fusermount3")
         .arg(flags)
@@ -256,17 +279,17 @@ fn detach_by_helper(place: &Path, lazy: bool) -> Result<()> {
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             if said.contains("busy") {
-                return Err(busy(place));
+                return Err(Busy::Yes);
             }
-            Err(Error::Permission(format!(
+            Err(Busy::No(Error::Permission(format!(
                 "{}: cannot unmount: {said}",
                 place.display()
-            )))
+            ))))
         }
-        Err(_) => Err(Error::Permission(format!(
+        Err(_) => Err(Busy::No(Error::Permission(format!(
             "{}: not permitted to unmount; be root, or install fusermount3 (package fuse3)",
             place.display()
-        ))),
+        )))),
     }
 }
 

@@ -76,6 +76,8 @@ pub(super) struct FlushHelper {
 struct Pipes {
     /// The helper was killed, and may not have ended yet.
     given_up: bool,
+    /// It has an order whose answer nobody has waited for.
+    owes: bool,
     child: Child,
     orders: ChildStdin,
     answers: ChildStdout,
@@ -112,7 +114,7 @@ impl FlushHelper {
     /// # Errors
     /// As [`Self::flush`].
     pub(super) fn ask(&self, order: Order, nodes: &[NodeId]) -> Result<Vec<NodeId>> {
-        if nodes.is_empty() && order != Order::Drop {
+        if nodes.is_empty() {
             return Ok(Vec::new());
         }
         let mut pipes = self.ready_pipes()?;
@@ -130,6 +132,17 @@ impl FlushHelper {
                 Error::Os(Errno::IO)
             })
         })?
+    }
+
+    /// Has the helper close what it took, and does not wait for it: the kernel writes back what was written to such a
+    /// file meanwhile.
+    pub(super) fn drop_taken(&self) -> Result<()> {
+        let mut pipes = self.ready_pipes()?;
+        pipes
+            .send(Order::Drop, &[])
+            .map_err(|e| Error::io("cannot give an order to", "the flush helper", &e))?;
+        pipes.owes = true;
+        Ok(())
     }
 
     /// The pipes of a helper that has no order to carry out.
@@ -213,6 +226,7 @@ impl Pipes {
         match (child.stdin.take(), child.stdout.take()) {
             (Some(orders), Some(answers)) => Ok(Self {
                 given_up: false,
+                owes: false,
                 child,
                 orders,
                 answers,
@@ -228,6 +242,21 @@ impl Pipes {
         }
     }
 
+    /// Sends an order.
+    fn send(&mut self, order: Order, nodes: &[NodeId]) -> std::io::Result<()> {
+        if std::mem::take(&mut self.owes)
+            && let Err(errno) = self.answer()?
+        {
+            log::warn!("the flush helper keeps files open: {errno}");
+        }
+        let words = [order as u64, nodes.len() as u64];
+        let words = words
+            .iter()
+            .chain(nodes)
+            .flat_map(|word| word.to_le_bytes());
+        self.orders.write_all(&words.collect::<Vec<u8>>())
+    }
+
     /// Sends an order and waits for the answer.
     fn order(
         &mut self,
@@ -235,12 +264,7 @@ impl Pipes {
         nodes: &[NodeId],
         tick: Option<&mut dyn FnMut() -> std::io::Result<()>>,
     ) -> std::io::Result<Answer> {
-        let words = [order as u64, nodes.len() as u64];
-        let words = words
-            .iter()
-            .chain(nodes)
-            .flat_map(|word| word.to_le_bytes());
-        self.orders.write_all(&words.collect::<Vec<u8>>())?;
+        self.send(order, nodes)?;
         if let Some(tick) = tick {
             let pause = Timespec {
                 tv_sec: 0,
@@ -256,6 +280,10 @@ impl Pipes {
                 }
             }
         }
+        self.answer()
+    }
+
+    fn answer(&mut self) -> std::io::Result<Answer> {
         let mut answer = [0; 4];
         self.answers.read_exact(&mut answer)?;
         let errno = i32::from_le_bytes(answer);
@@ -306,6 +334,9 @@ pub fn run_helper(mountpoint: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Files that are written back together, for which that many descriptors are open.
+const AT_ONCE: usize = 256;
+
 /// The descriptors that the helper keeps.
 #[derive(Default)]
 struct Taken {
@@ -347,44 +378,63 @@ fn carry_out(
         .take()
         .map_or_else(|| open_root(mountpoint), Ok)?;
     let keeps = matches!(order, Order::Take | Order::Seal | Order::Look);
-    let tells = pages_tell_of_requests();
-    for node in nodes {
-        let file = match taken
-            .files
-            .remove(node)
-            .map_or_else(|| open_node(&dir, *node), Ok)
-        {
-            Ok(file) => file,
-            // Out of the kernel's memory, so without pages; or removed, so in no snapshot, even if its number is that of
-            // a symbolic link by now.
-            Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => {
-                if order != Order::Look {
-                    told.push(*node);
-                }
-                continue;
-            }
-            Err(errno) => return Err(errno),
-        };
-        if order == Order::Seal {
-            rustix::fs::fsync(&file)?;
-        } else if order == Order::Look {
-            if sys::has_unwritten_pages(file.as_fd()) {
-                told.push(*node);
-            }
-        } else if !tells || sys::has_unwritten_pages(file.as_fd()) {
-            // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which
-            // waits for the requests themselves, as sync_file_range does not on kernels before 6.16.
-            sys::start_write_back(file.as_fd())?;
-            if order != Order::Clean {
-                rustix::fs::fsync(&file)?;
+    for nodes in nodes.chunks(AT_ONCE) {
+        let mut files = Vec::with_capacity(nodes.len());
+        for node in nodes {
+            let file = taken.files.remove(node);
+            match file.map_or_else(|| open_node(&dir, *node), Ok) {
+                Ok(file) => files.push((*node, file)),
+                // Out of the kernel's memory, so without pages; or removed, so in no snapshot, even if its number is
+                // that of a symbolic link by now.
+                Err(Errno::STALE | Errno::NOENT | Errno::LOOP) if order == Order::Look => {}
+                Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => told.push(*node),
+                Err(errno) => return Err(errno),
             }
         }
+        carry_out_at_once(order, &files, told)?;
         if keeps {
-            taken.files.insert(*node, file);
+            taken.files.extend(files);
         }
     }
     taken.root = keeps.then_some(dir);
     Ok(())
+}
+
+/// The same for open files.
+fn carry_out_at_once(
+    order: Order,
+    files: &[(NodeId, OwnedFd)],
+    told: &mut Vec<NodeId>,
+) -> Result<(), Errno> {
+    let tells = pages_tell_of_requests();
+    let unwritten = |file: &OwnedFd| !tells || sys::has_unwritten_pages(file.as_fd());
+    if order == Order::Look {
+        let found = files.iter().filter(|(_, file)| unwritten(file));
+        told.extend(found.map(|(node, _)| *node));
+        return Ok(());
+    }
+    // Of all of them before the first is waited for: cowfs answers one request while the next is being made.
+    let mut dirty = Vec::with_capacity(files.len());
+    for (_, file) in files {
+        if unwritten(file) {
+            sys::begin_write_back(file.as_fd())?;
+            dirty.push(file);
+        }
+    }
+    match order {
+        Order::Seal => files
+            .iter()
+            .try_for_each(|(_, file)| rustix::fs::fsync(file)),
+        Order::Clean => dirty
+            .iter()
+            .try_for_each(|file| sys::write_back(file.as_fd())),
+        // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which waits for the
+        // requests themselves, as sync_file_range does not on kernels before 6.16.
+        _ => dirty.iter().try_for_each(|file| {
+            sys::write_back(file.as_fd())?;
+            rustix::fs::fsync(file)
+        }),
+    }
 }
 
 fn open_root(mountpoint: &Path) -> Result<OwnedFd, Errno> {

@@ -502,8 +502,8 @@ impl Barrier for Gate {
     }
 
     fn finish(&self) {
-        // What is left of it would keep the mount from being unmounted.
-        if let Err(error) = self.helper.ask(Order::Drop, &[]) {
+        // What it keeps would keep the mount from being unmounted.
+        if let Err(error) = self.helper.drop_taken() {
             log::warn!("the flush helper keeps files open: {error}");
         }
     }
