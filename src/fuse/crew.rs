@@ -145,13 +145,15 @@ impl Crew {
             crew: self,
             began,
             prompt: since < PROMPT,
+            part: false,
         }
     }
 
-    /// A request begins that nobody waits for, one of many: it says nothing of when the next one comes.
-    pub(super) fn turn_aside(self: &Arc<Self>) -> Turn<'_> {
+    /// A part of a request begins, which has many. The request counts as the same until the last is done, so that the
+    /// watch sees how long it takes, and its thread is not parked in between.
+    pub(super) fn part_of_turn(self: &Arc<Self>) -> Turn<'_> {
         let mut turn = self.turn();
-        turn.prompt = false;
+        turn.part = true;
         turn
     }
 
@@ -172,9 +174,12 @@ impl Crew {
             self.wanted.store(1, Ordering::Relaxed);
         }
         if self.at_device() > wanted {
-            return self.park(wanted);
+            return self.park();
         }
         let slow = now.saturating_sub(began) > SLOW;
+        if slow && wanted > 1 {
+            store(&self.raised, now);
+        }
         if !prompt && !slow {
             return;
         }
@@ -243,10 +248,10 @@ impl Crew {
         }
     }
 
-    /// Waits until there is need of this thread, unless there is already: `wanted` at the device, without it.
-    fn park(&self, wanted: usize) {
+    /// Waits until there is need of this thread, unless there is already.
+    fn park(&self) {
         let mut parked = self.parked.lock();
-        if parked.over || self.at_device() <= wanted {
+        if parked.over || self.at_device() <= self.wanted.load(Ordering::Relaxed) {
             return;
         }
         self.active.fetch_sub(1, Ordering::SeqCst);
@@ -265,8 +270,8 @@ impl Crew {
         self.wake.notify_all();
     }
 
-    /// Keeps watch until a parked thread is called: by itself, when every thread that is not parked has been in the
-    /// same request for a tick; no longer than two ticks pass from the beginning of such a request.
+    /// Keeps watch until a parked thread is called: by itself, when every thread that is not parked has been in a
+    /// request and none was done for a tick; no longer than two ticks pass from the beginning of such a request.
     fn watch(&self, parked: &mut MutexGuard<'_, Parked>) {
         let mut idle = 0;
         while !parked.over && parked.called == 0 {
@@ -276,14 +281,14 @@ impl Crew {
             } else {
                 self.drowsy.store(true, Ordering::SeqCst);
                 // Who began before this was stored is seen here; who begins later sees it.
-                if self.progress.load(Ordering::SeqCst) == before {
+                if self.progress.load(Ordering::SeqCst) == before && self.at_device() > 0 {
                     self.wake.wait(parked);
                 }
                 self.drowsy.store(false, Ordering::SeqCst);
                 idle = 0;
                 continue;
             }
-            let stands = self.progress.load(Ordering::SeqCst) == before;
+            let stands = self.progress.load(Ordering::SeqCst) / DONE == before / DONE;
             if stands && self.at_device() == 0 {
                 self.call(parked);
                 self.note_slow(parked, self.epoch.elapsed());
@@ -311,17 +316,22 @@ fn waits(device: &OwnedFd) -> bool {
     poll(&mut there, Some(&AT_ONCE)) != Ok(0)
 }
 
-/// A request that a thread is in. To be made first, so that it is dropped last.
+/// A request that a thread is in. To be made first, so that of the handler's own it is dropped last.
 pub(super) struct Turn<'a> {
     crew: &'a Crew,
     /// Since the crew's beginning.
     began: Duration,
     /// It followed the request before it closely.
     prompt: bool,
+    part: bool,
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
+        if self.part {
+            self.crew.progress.fetch_sub(1, Ordering::SeqCst);
+            return;
+        }
         let now = self.crew.epoch.elapsed();
         store(&self.crew.last, now);
         self.crew.progress.fetch_add(DONE - 1, Ordering::SeqCst);
@@ -348,6 +358,8 @@ mod tests {
         Quick,
         /// It takes until the test allows it to end.
         Stuck,
+        /// So does this one, in many parts.
+        Parts,
     }
 
     struct Rig {
@@ -378,6 +390,15 @@ mod tests {
                 let mut request = [0];
                 // Nothing to read is the end, as ENODEV is that of a device.
                 while rustix::io::read(&*device, &mut request).unwrap() == 1 {
+                    if request[0] == Sent::Parts as u8 {
+                        while allowed.try_recv().is_err() {
+                            let _part = crew.part_of_turn();
+                            std::thread::yield_now();
+                        }
+                        tell.send((Sent::Parts, std::thread::current().id()))
+                            .unwrap();
+                        continue;
+                    }
                     let _turn = crew.turn();
                     let sent = match request[0] {
                         0 => Sent::Quick,
@@ -477,6 +498,25 @@ mod tests {
             assert_eq!(rig.answer().0, Sent::Stuck);
         }
         rig.ask();
+        rig.end();
+    }
+
+    #[test]
+    fn a_request_of_many_parts_holds_up_no_other_and_goes_on() {
+        let rig = rig();
+        rig.settle();
+        rig.send(Sent::Parts);
+        for _ in 0..100 {
+            rig.ask();
+        }
+        let done = || rig.crew.progress.load(Ordering::SeqCst) / DONE;
+        let before = done();
+        std::thread::sleep(TICK);
+        assert_eq!(done(), before, "the parts count as requests that are done");
+        // Others have gone back to the device meanwhile, and are more than are needed.
+        rig.allow.send(()).unwrap();
+        assert_eq!(rig.answer().0, Sent::Parts);
+        rig.settle();
         rig.end();
     }
 

@@ -114,10 +114,10 @@ impl FlushHelper {
     /// # Errors
     /// As [`Self::flush`].
     pub(super) fn ask(&self, order: Order, nodes: &[NodeId]) -> Result<Vec<NodeId>> {
+        let mut pipes = self.ready_pipes()?;
         if nodes.is_empty() {
             return Ok(Vec::new());
         }
-        let mut pipes = self.ready_pipes()?;
         pipes.order(order, nodes, None).or_else(|error| {
             log::warn!(
                 "{}: the flush helper is gone ({error}); starting another",
@@ -134,21 +134,19 @@ impl FlushHelper {
         })?
     }
 
-    /// Has the helper close what it took, and does not wait for it: the kernel writes back what was written to such a
-    /// file meanwhile.
+    /// Has the helper close what it took, and waits for that no longer than [`CLOSING`]: with each, the kernel writes back
+    /// what was written to the file meanwhile.
     pub(super) fn drop_taken(&self) -> Result<()> {
         let mut pipes = self.ready_pipes()?;
         pipes
-            .send(Order::Drop, &[])
-            .map_err(|e| Error::io("cannot give an order to", "the flush helper", &e))?;
-        pipes.owes = true;
-        Ok(())
+            .drop_taken()
+            .map_err(|e| Error::io("cannot give an order to", "the flush helper", &e))
     }
 
     /// The pipes of a helper that has no order to carry out.
     fn ready_pipes(&self) -> Result<MutexGuard<'_, Pipes>> {
         let mut pipes = self.pipes.lock();
-        if pipes.given_up {
+        if pipes.given_up || pipes.settle().is_err() {
             self.replace(&mut pipes)?;
         }
         Ok(pipes)
@@ -206,6 +204,8 @@ impl FlushHelper {
 
 /// How often the one who waits for the helper looks after what it waits for.
 pub(super) const TICK: Duration = Duration::from_millis(5);
+/// How long a cut waits for the helper to close its files, so that nobody finds the mount busy who unmounts it next.
+const CLOSING: Duration = Duration::from_millis(5);
 
 /// What an order came to, or the helper's errno: the nodes that the kernel does not know; of [`Order::Look`] those that
 /// have pages to be written back.
@@ -242,13 +242,42 @@ impl Pipes {
         }
     }
 
-    /// Sends an order.
-    fn send(&mut self, order: Order, nodes: &[NodeId]) -> std::io::Result<()> {
+    /// Waits for the answer that nobody has waited for.
+    fn settle(&mut self) -> std::io::Result<()> {
         if std::mem::take(&mut self.owes)
             && let Err(errno) = self.answer()?
         {
             log::warn!("the flush helper keeps files open: {errno}");
         }
+        Ok(())
+    }
+
+    fn drop_taken(&mut self) -> std::io::Result<()> {
+        self.send(Order::Drop, &[])?;
+        self.owes = true;
+        match self.wait_for_answer(CLOSING)? {
+            true => self.settle(),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether an answer comes within `time`.
+    fn wait_for_answer(&self, time: Duration) -> std::io::Result<bool> {
+        let pause = Timespec {
+            tv_sec: 0,
+            tv_nsec: time.subsec_nanos().into(),
+        };
+        let mut there = [PollFd::new(&self.answers, PollFlags::IN)];
+        loop {
+            match poll(&mut there, Some(&pause)) {
+                Err(Errno::INTR) => {}
+                done => return Ok(done? > 0),
+            }
+        }
+    }
+
+    /// Sends an order.
+    fn send(&mut self, order: Order, nodes: &[NodeId]) -> std::io::Result<()> {
         let words = [order as u64, nodes.len() as u64];
         let words = words
             .iter()
@@ -266,18 +295,8 @@ impl Pipes {
     ) -> std::io::Result<Answer> {
         self.send(order, nodes)?;
         if let Some(tick) = tick {
-            let pause = Timespec {
-                tv_sec: 0,
-                tv_nsec: TICK.subsec_nanos().into(),
-            };
-            let mut there = [PollFd::new(&self.answers, PollFlags::IN)];
-            loop {
-                match poll(&mut there, Some(&pause)) {
-                    Ok(0) => tick()?,
-                    Err(Errno::INTR) => {}
-                    Ok(_) => break,
-                    Err(errno) => return Err(errno.into()),
-                }
+            while !self.wait_for_answer(TICK)? {
+                tick()?;
             }
         }
         self.answer()
@@ -298,7 +317,7 @@ impl Pipes {
 
 impl Drop for Pipes {
     fn drop(&mut self) {
-        // Between two orders it ends at once. One that hangs with a dead mount must not make the daemon hang
+        // Between two orders it ends at once, or with its last close(2). One that hangs with a dead mount must not make the daemon hang
         // too: it gets a moment, and ends when the mount does.
         self.give_up();
         let deadline = Instant::now() + Duration::from_secs(1);
@@ -413,6 +432,11 @@ fn carry_out_at_once(
         told.extend(found.map(|(node, _)| *node));
         return Ok(());
     }
+    if order == Order::Seal {
+        return files
+            .iter()
+            .try_for_each(|(_, file)| rustix::fs::fsync(file));
+    }
     // Of all of them before the first is waited for: cowfs answers one request while the next is being made.
     let mut dirty = Vec::with_capacity(files.len());
     for (_, file) in files {
@@ -422,9 +446,6 @@ fn carry_out_at_once(
         }
     }
     match order {
-        Order::Seal => files
-            .iter()
-            .try_for_each(|(_, file)| rustix::fs::fsync(file)),
         Order::Clean => dirty
             .iter()
             .try_for_each(|file| sys::write_back(file.as_fd())),

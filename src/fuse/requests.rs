@@ -67,7 +67,7 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        let _turn = self.reader.crew.turn_aside();
+        let _turn = self.reader.crew.part_of_turn();
         self.reader.forget(ino, nlookup);
     }
 

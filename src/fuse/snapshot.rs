@@ -63,7 +63,7 @@ impl Filesystem for SnapshotAdapter {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
-        let _turn = self.reader.crew.turn_aside();
+        let _turn = self.reader.crew.part_of_turn();
         self.reader.forget(ino, nlookup);
     }
 
