@@ -93,14 +93,26 @@ fn run_from(given: Option<&str>, cases: u32, in_memory_index: bool, base: &Path)
     }
 }
 
+// In parts that run at the same time: most of it is waiting for a disk.
+
 #[test]
 fn random_operations_with_the_index_on_disk() {
-    run(CASES / 3, false, &base());
+    run(CASES / 6, false, &base());
+}
+
+#[test]
+fn more_random_operations_with_the_index_on_disk() {
+    run(CASES / 6, false, &base());
 }
 
 #[test]
 fn random_operations_with_the_index_in_memory() {
-    run(CASES - CASES / 3, true, &base());
+    run(CASES / 3, true, &base());
+}
+
+#[test]
+fn more_random_operations_with_the_index_in_memory() {
+    run(CASES / 3, true, &base());
 }
 
 /// A filesystem of its own in a file, unmounted when the value goes.
