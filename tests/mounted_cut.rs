@@ -22,6 +22,13 @@ fn show(what: &str, report: &Report) {
 fn exact(options: &str, part: u32) {
     let time = Duration::from_secs(env_number("COWFS_CUT_SECONDS", 20)) / part;
     let mount = Mount::with("cut", time + Duration::from_secs(400), options);
+    // It falls back where it cannot be.
+    assert_eq!(
+        mount.cache() == "writeback",
+        options.contains("cache=writeback"),
+        "{}",
+        mount.cache()
+    );
     let method = Method::Snapshot {
         mnt: mount.mnt.clone(),
     };

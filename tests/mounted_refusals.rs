@@ -234,6 +234,19 @@ fn snapshot_names_that_cannot_be_are_refused() {
     assert_eq!(left, [OsStr::new(&long), OsStr::new("two")]);
 }
 
+/// As that of the flush helper may be, after a cut.
+#[test]
+fn a_file_that_is_just_being_closed_does_not_keep_a_mount() {
+    let mount = Mount::new("closing", LIMIT);
+    let open = fs::File::create(mount.mnt.join("f")).unwrap();
+    let closing = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        drop(open);
+    });
+    cowfs(&words(&["umount"], &[&mount.mnt])).success("umount");
+    closing.join().unwrap();
+}
+
 #[test]
 fn a_snapshot_that_is_read_is_not_deleted() {
     let mount = Mount::new("busy", LIMIT);

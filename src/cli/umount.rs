@@ -17,7 +17,7 @@ const SETTLE: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long a mount may be busy with what is just being closed, and how often that is tried.
 const CLOSING: Duration = Duration::from_secs(1);
-const PAUSE: Duration = Duration::from_millis(10);
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Unmount, and return when the daemon has written its store and ended.
 ///

@@ -1,6 +1,6 @@
 //! Which of a mount's request threads take requests: one, as long as it keeps up.
 //!
-//! Half the price of a request is waking who is to answer it. So one thread goes back to the device again and again,
+//! A large part of the price of a request is waking who is to answer it. So one thread goes back to the device again and again,
 //! with all that it needs in its processor's cache, and looks for the next request for a moment before it sleeps: a
 //! caller that asks one thing after the other never has to wake it. The other threads are parked. One of them keeps
 //! watch, and goes to the device as soon as a request takes so long that others might wait behind it.
@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_micros(50);
 /// Giving way to others takes no longer than this if there are none. So often in a row there must have been some for
 /// nobody to look any more, and for so long.
 const YIELDED: Duration = Duration::from_micros(5);
-const DISTURBED: u32 = 3;
+const DISTURBED: u32 = 4;
 const CROWDED: Duration = Duration::from_millis(5);
 /// Requests that follow one another within this time come from somebody who asks one after the other. More than
 /// [`LOOK`], because it contains the time in which a thread at the device wakes up.
@@ -48,17 +48,19 @@ pub(super) struct Crew {
     /// Where requests come from, once they can.
     device: OnceLock<OwnedFd>,
     processors: usize,
-    epoch: Instant,
+    /// The times below count from here.
+    start: Instant,
     /// Requests done (upper 48 bits), and threads that are in one.
     progress: AtomicU64,
     /// Threads that are not parked.
     active: AtomicUsize,
     /// Threads that should be at the device when nothing is going on.
     wanted: AtomicUsize,
-    /// Since the beginning, in ns: when there last was a reason for more than one, when the last request was done,
+    /// When there last was a reason for more than one, in ns, as the next two.
     raised: AtomicU64,
+    /// When the last request was done.
     last: AtomicU64,
-    /// and until when others are taken to need the processors.
+    /// Until when others are taken to need the processors.
     crowded: AtomicU64,
     /// Looks in a row that somebody else's work interrupted.
     disturbed: AtomicU32,
@@ -103,7 +105,7 @@ impl Crew {
         Arc::new(Self {
             device: OnceLock::new(),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
-            epoch: Instant::now(),
+            start: Instant::now(),
             progress: AtomicU64::new(0),
             active: AtomicUsize::new(0),
             wanted: AtomicUsize::new(1),
@@ -133,7 +135,7 @@ impl Crew {
                 Member(Arc::downgrade(self))
             });
         });
-        let began = self.epoch.elapsed();
+        let began = self.start.elapsed();
         let since = began.saturating_sub(nanoseconds(&self.last));
         self.progress.fetch_add(1, Ordering::SeqCst);
         if self.drowsy.load(Ordering::SeqCst) {
@@ -203,12 +205,12 @@ impl Crew {
     fn look(&self, device: &OwnedFd, began: Duration) {
         let mut now = began;
         while now < began + LOOK && !waits(device) {
-            let before = self.epoch.elapsed();
+            let before = self.start.elapsed();
             std::thread::yield_now();
-            now = self.epoch.elapsed();
+            now = self.start.elapsed();
             if now - before > YIELDED {
                 // Somebody else has used this processor: the caller perhaps. It is better to sleep if that goes on.
-                if self.disturbed.fetch_add(1, Ordering::Relaxed) >= DISTURBED {
+                if self.disturbed.fetch_add(1, Ordering::Relaxed) + 1 >= DISTURBED {
                     store(&self.crowded, now + CROWDED);
                 }
                 return;
@@ -291,7 +293,7 @@ impl Crew {
             let stands = self.progress.load(Ordering::SeqCst) / DONE == before / DONE;
             if stands && self.at_device() == 0 {
                 self.call(parked);
-                self.note_slow(parked, self.epoch.elapsed());
+                self.note_slow(parked, self.start.elapsed());
             }
             idle = if stands { idle + 1 } else { 0 };
         }
@@ -332,7 +334,7 @@ impl Drop for Turn<'_> {
             self.crew.progress.fetch_sub(1, Ordering::SeqCst);
             return;
         }
-        let now = self.crew.epoch.elapsed();
+        let now = self.crew.start.elapsed();
         store(&self.crew.last, now);
         self.crew.progress.fetch_add(DONE - 1, Ordering::SeqCst);
         // A thread that panics ends, and must not wait before that.
@@ -440,6 +442,12 @@ mod tests {
             thread
         }
 
+        /// Lets one that waits for it go on, and gets its answer.
+        fn allow_end_of(&self, sent: Sent) {
+            self.allow.send(()).unwrap();
+            assert_eq!(self.answer().0, sent);
+        }
+
         /// Asks until one thread alone answers, as it has to be in the end.
         fn settle(&self) {
             let end = Instant::now() + LONG;
@@ -494,8 +502,7 @@ mod tests {
             assert!(rig.done.is_empty(), "{stuck} are stuck, and nothing else");
         }
         for _ in 1..REQUEST_THREADS {
-            rig.allow.send(()).unwrap();
-            assert_eq!(rig.answer().0, Sent::Stuck);
+            rig.allow_end_of(Sent::Stuck);
         }
         rig.ask();
         rig.end();
@@ -514,8 +521,7 @@ mod tests {
         std::thread::sleep(TICK);
         assert_eq!(done(), before, "the parts count as requests that are done");
         // Others have gone back to the device meanwhile, and are more than are needed.
-        rig.allow.send(()).unwrap();
-        assert_eq!(rig.answer().0, Sent::Parts);
+        rig.allow_end_of(Sent::Parts);
         rig.settle();
         rig.end();
     }
@@ -532,8 +538,7 @@ mod tests {
         }
         rig.send(Sent::Stuck);
         rig.ask();
-        rig.allow.send(()).unwrap();
-        assert_eq!(rig.answer().0, Sent::Stuck);
+        rig.allow_end_of(Sent::Stuck);
         rig.end();
     }
 
@@ -543,8 +548,7 @@ mod tests {
         rig.settle();
         rig.send(Sent::Stuck);
         rig.ask();
-        rig.allow.send(()).unwrap();
-        rig.answer();
+        rig.allow_end_of(Sent::Stuck);
         rig.settle();
         rig.end();
     }
