@@ -12,11 +12,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use support::{cowfs_bin, run, unmount_below};
 
-/// One at a time: each uses the whole machine.
-static MACHINE: Mutex<()> = Mutex::new(());
+/// One server and one backup at a time: each waits for disks half of its time.
+static SERVER: Mutex<()> = Mutex::new(());
+static BACKUP: Mutex<()> = Mutex::new(());
 
-fn script(name: &str, arguments: &[&str]) {
-    let _alone = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+fn script(place: &Mutex<()>, name: &str, arguments: &[&str]) {
+    let _alone = place.lock().unwrap_or_else(PoisonError::into_inner);
     // In a place that the user of the servers can reach, wherever this source tree is.
     let work = tempfile::Builder::new()
         .prefix("cowfs-test.")
@@ -52,6 +53,7 @@ fn script(name: &str, arguments: &[&str]) {
 #[test]
 fn postgresql_recovers_from_every_snapshot() {
     script(
+        &SERVER,
         "pg-snapshots",
         &[
             "--snapshots=10",
@@ -65,6 +67,7 @@ fn postgresql_recovers_from_every_snapshot() {
 #[test]
 fn postgresql_does_not_notice_that_the_daemon_dies() {
     script(
+        &SERVER,
         "pg-snapshots",
         &[
             "--snapshots=4",
@@ -78,6 +81,7 @@ fn postgresql_does_not_notice_that_the_daemon_dies() {
 #[test]
 fn postgresql_recovers_from_every_snapshot_without_full_page_writes() {
     script(
+        &SERVER,
         "pg-snapshots",
         &[
             "--snapshots=10",
@@ -90,10 +94,10 @@ fn postgresql_recovers_from_every_snapshot_without_full_page_writes() {
 
 #[test]
 fn copiers_agree_on_a_snapshot_of_20000_files() {
-    script("tree-copies", &["--files=20000"]);
+    script(&BACKUP, "tree-copies", &["--files=20000"]);
 }
 
 #[test]
 fn restic_and_borg_read_no_file_that_is_unchanged() {
-    script("backup-tools", &[]);
+    script(&BACKUP, "backup-tools", &[]);
 }

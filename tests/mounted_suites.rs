@@ -11,11 +11,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use support::{cowfs_bin, run, unmount_below};
 
-/// One at a time: each uses the whole machine.
-static MACHINE: Mutex<()> = Mutex::new(());
+/// Two at a time, one of which waits for its disk most of the time: each of the others uses the whole machine.
+static DISK: Mutex<()> = Mutex::new(());
+static PROCESSORS: Mutex<()> = Mutex::new(());
 
-fn conformance(arguments: &[&str]) {
-    let _alone = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+fn conformance(place: &Mutex<()>, arguments: &[&str]) {
+    let _alone = place.lock().unwrap_or_else(PoisonError::into_inner);
     let work = tempfile::Builder::new()
         .prefix("cowfs-test.")
         .tempdir_in("/var/tmp")
@@ -44,30 +45,30 @@ fn conformance(arguments: &[&str]) {
 
 #[test]
 fn pjdfstest_on_ext4() {
-    conformance(&["pjdfstest"]);
+    conformance(&PROCESSORS, &["pjdfstest"]);
 }
 
 #[test]
 fn pjdfstest_on_xfs() {
-    conformance(&["--backing=xfs", "pjdfstest"]);
+    conformance(&PROCESSORS, &["--backing=xfs", "pjdfstest"]);
 }
 
 #[test]
 fn fsx() {
-    conformance(&["fsx"]);
+    conformance(&PROCESSORS, &["fsx"]);
 }
 
 #[test]
 fn stress_ng_and_fio() {
-    conformance(&["stress-ng", "fio"]);
+    conformance(&DISK, &["stress-ng", "fio"]);
 }
 
 #[test]
 fn git_and_cargo() {
-    conformance(&["git", "cargo"]);
+    conformance(&PROCESSORS, &["git", "cargo"]);
 }
 
 #[test]
 fn databases() {
-    conformance(&["sqlite", "lmdb", "tokyocabinet"]);
+    conformance(&PROCESSORS, &["sqlite", "lmdb", "tokyocabinet"]);
 }
