@@ -192,6 +192,11 @@ fn allocation() {
 }
 
 #[test]
+fn written_only() {
+    own("written_only");
+}
+
+#[test]
 fn alone() {
     own("alone");
 }

@@ -13,8 +13,8 @@ use crate::engine::object::Node;
 use crate::error::Error;
 use crate::ids::Ino;
 use fuser::{
-    Errno, FileHandle, FopenFlags, Generation, INodeNo, RenameFlags, ReplyCreate, ReplyEmpty,
-    ReplyEntry, Request,
+    Errno, FileHandle, Generation, INodeNo, RenameFlags, ReplyCreate, ReplyEmpty, ReplyEntry,
+    Request,
 };
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -283,7 +283,7 @@ impl Adapter {
             false => flags,
         };
         let opened = self.resent.opened(req);
-        let (gate, ttl) = (self.gate.clone(), self.unasked());
+        let (gate, ttl, caching) = (self.gate.clone(), self.unasked(), self.caching(flags));
         self.change(
             || Kind::Makes,
             move || {
@@ -299,7 +299,7 @@ impl Adapter {
                     answer!(reply, made, (attr, id) => {
                         let fh = FileHandle(id);
                         let attr = file_attr(&attr, attr.node);
-                        reply.created(&ttl, &attr, Generation(0), fh, FopenFlags::FOPEN_KEEP_CACHE);
+                        reply.created(&ttl, &attr, Generation(0), fh, caching);
                     });
                     drop(intent);
                 };

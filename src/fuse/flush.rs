@@ -5,6 +5,7 @@
 //! in that state, the daemon would never close `/dev/fuse`, and the mount would hang for ever. So a small
 //! process of its own asks, over a pair of pipes.
 
+use super::convert::linux_is_at_least;
 use crate::engine::object::NodeId;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering};
@@ -498,11 +499,5 @@ fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
 /// Whether a page counts as being written back until cowfs has answered for it. Before Linux 6.16 FUSE wrote a
 /// copy, and the page counted as clean while the request was still on its way.
 pub(super) fn pages_tell_of_requests() -> bool {
-    let uname = rustix::system::uname();
-    let release = uname.release().to_string_lossy();
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(str::parse::<u32>);
-    let version = (numbers.next(), numbers.next());
-    matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6, 16))
+    linux_is_at_least(6, 16)
 }

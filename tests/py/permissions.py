@@ -95,12 +95,13 @@ both("xattr get that does not exist", lambda d: os.getxattr(d + "/f", "user.x"),
 SUID = lambda d: (touch(d + "/f", 0o6755, A, A), os.chmod(d + "/f", 0o6777))
 for who in (0, A, B):
     both("write to a setuid file as %d" % who, lambda d: open(d + "/f", "r+").write("x"), who, setup=SUID)
+    both("write alone to a setuid file as %d" % who, lambda d: os.write(os.open(d + "/f", os.O_WRONLY), b"x"), who, setup=SUID)
     both("truncate of a setuid file as %d" % who, lambda d: os.truncate(d + "/f", 1), who, setup=SUID)
     both("O_TRUNC of a setuid file as %d" % who, lambda d: os.close(os.open(d + "/f", os.O_WRONLY | os.O_TRUNC)), who, setup=SUID)
     both("fallocate on a setuid file as %d" % who, lambda d: fallocate(os.open(d + "/f", os.O_RDWR), 0, 0, 8192), who, setup=SUID)
 def rewrite(flags):
     def fn(d):
-        fd = os.open(d + "/f", os.O_RDWR | flags)
+        fd = os.open(d + "/f", flags)
         page = mmap.mmap(-1, 4096)
         before = mode_alone(d + "/f")
         os.pwrite(fd, page, 0)
@@ -119,7 +120,7 @@ def within(d):
 for mode in (0o2666, 0o6666, 0o6766, 0o2676, 0o6676, 0o6777):
     for who, groups in ((0, ()), (A, ()), (B, ()), (B, (A,))):
         setup = lambda d: (touch(d + "/f", mode, A, A, "x" * 8192), os.chmod(d + "/f", mode))
-        for what, fn in (("write", rewrite(0)), ("direct write", rewrite(os.O_DIRECT)), ("copy_file_range", within),
+        for what, fn in (("write", rewrite(os.O_RDWR)), ("write alone", rewrite(os.O_WRONLY)), ("direct write", rewrite(os.O_RDWR | os.O_DIRECT)), ("copy_file_range", within),
                          ("truncate", lambda d: (os.truncate(d + "/f", 1), mode_alone(d + "/f"))),
                          ("fallocate", lambda d: (fallocate(os.open(d + "/f", os.O_RDWR), 0, 0, 65536), mode_alone(d + "/f")))):
             both("%s of mode %o as %d with groups %r" % (what, mode, who, groups), fn, who, groups=groups, setup=setup)
@@ -127,6 +128,7 @@ both("chown of a setuid file to another", lambda d: os.chown(d + "/f", B, B), 0,
 CAP = lambda d: (touch(d + "/f", 0o777, A, A), os.setxattr(d + "/f", "security.capability", NET_RAW))
 for who in (0, A):
     both("write to a file with capabilities as %d" % who, lambda d: open(d + "/f", "r+").write("x"), who, setup=CAP)
+    both("write alone to a file with capabilities as %d" % who, lambda d: os.write(os.open(d + "/f", os.O_WRONLY), b"x"), who, setup=CAP)
     both("truncate of a file with capabilities as %d" % who, lambda d: os.truncate(d + "/f", 1), who, setup=CAP)
 both("chown of a file with capabilities", lambda d: os.chown(d + "/f", B, B), 0, setup=CAP)
 

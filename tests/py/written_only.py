@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Files open for writing alone: what is written to them is read at once through every other descriptor and mapping, is in memory once, and nothing of a mapping is lost by it."""
+from common import *
+import mmap, re
+
+c = Case(limit=120)
+PAGE, PAGES = 4096, 16
+LINUX = tuple(int(re.match(r"\d+", part)[0]) for part in os.uname().release.split(".")[:2])
+children = []
+
+
+def child(work):
+    """A process that calls `work` until the end of the test."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            while os.getppid() == me:
+                work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(pid)
+
+
+def end_children():
+    while children:
+        pid = children.pop()
+        done, status = os.waitpid(pid, os.WNOHANG)
+        c.ok(not done, "a reader goes on without an error", "ended with %d" % status)
+        if not done:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def opened(name, flags, size=PAGES * PAGE):
+    path = os.path.join(c.work, name)
+    if not os.path.exists(path):
+        with open(path, "wb") as f:
+            f.write(bytes(size))
+    return os.open(path, flags)
+
+
+me = os.getpid()
+
+# Readers fill the cache with what is there, all the time, while somebody else changes it.
+reads = opened("shared", os.O_RDONLY)
+
+
+def fill():
+    for k in range(20):
+        os.pread(reads, PAGES * PAGE, 0)
+        os.posix_fadvise(reads, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+child(fill)
+child(fill)
+writes = opened("shared", os.O_WRONLY)
+sees = opened("shared", os.O_RDONLY)
+mapping = mmap.mmap(sees, PAGES * PAGE, prot=mmap.PROT_READ)
+late, end, n = [], time.monotonic() + 4, 0
+while time.monotonic() < end and not late:
+    n += 1
+    at = c.random.randrange(PAGES * PAGE - 8)
+    value = struct.pack("<Q", n)
+    os.pwrite(writes, value, at)
+    if (got := os.pread(sees, 8, at)) != value or (got := mapping[at:at + 8]) != value:
+        late.append((n, at, got))
+c.equal([], late, "every read finds what was written last, in %d writes" % n)
+end_children()
+
+# A mapping that is stored to at the same time, in other bytes of the same pages.
+stores = opened("mapped", os.O_RDWR)
+mine = mmap.mmap(stores, PAGES * PAGE)
+rounds = mmap.mmap(-1, 8)
+
+
+def store():
+    n, = struct.unpack("<Q", rounds[:8])
+    for k in range(PAGES):
+        mine[k * PAGE:k * PAGE + 8] = struct.pack("<Q", n + 1)
+    rounds[:8] = struct.pack("<Q", n + 1)
+
+
+child(store)
+writes, end, n = opened("mapped", os.O_WRONLY), time.monotonic() + 4, 0
+while time.monotonic() < end:
+    n += 1
+    for k in range(PAGES):
+        os.pwrite(writes, struct.pack("<Q", n), k * PAGE + 2000)
+end_children()
+stored, = struct.unpack("<Q", rounds[:8])
+c.ok(stored > 10 and n > 10, "both went on", "%d stores, %d writes" % (stored, n))
+mine.flush()
+with open(os.path.join(c.backing, "live", "mapped"), "rb") as f:
+    data = f.read()
+for k in range(PAGES):
+    there, = struct.unpack_from("<Q", data, k * PAGE)
+    c.ok(there in (stored, stored + 1), "the store to page %d is not lost" % k, "%d, not %d" % (there, stored))
+    c.equal(n, struct.unpack_from("<Q", data, k * PAGE + 2000)[0], "nor the write to it")
+
+# Records appended by several: each is whole, in the file and, as one request, in every snapshot.
+WRITERS, LONGEST = 3, 9000
+opened("log", os.O_WRONLY, size=0)
+counts = [mmap.mmap(-1, 8) for _ in range(WRITERS)]
+for who in range(WRITERS):
+    log, chance = opened("log", os.O_WRONLY | os.O_APPEND), random.Random("%s %d" % (c.seed, who))
+
+    def append():
+        n, = struct.unpack("<Q", counts[who][:8])
+        length = chance.randrange(16, LONGEST)
+        os.write(log, struct.pack("<HIQ", length, who, n).ljust(length, b"%d" % who))
+        counts[who][:8] = struct.pack("<Q", n + 1)
+
+    child(append)
+
+
+def records(data):
+    """The numbers of the records of each writer, and what is left at the end."""
+    found, at = [[] for _ in range(WRITERS)], 0
+    while at + 14 <= len(data):
+        length, who, n = struct.unpack_from("<HIQ", data, at)
+        whole = struct.pack("<HIQ", length, who, n).ljust(length, b"%d" % who)
+        if data[at:at + length] != whole:
+            break
+        found[who].append(n)
+        at += length
+    return found, data[at:]
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+cut = []
+for _ in range(8):
+    time.sleep(0.1)
+    cut.append((c.snap(), [struct.unpack("<Q", count[:8])[0] for count in counts]))
+for s, least in [(s, n) for s, n in cut[1:]]:
+    found, left = records(read(c.at(s, "log")))
+    # Each writer has gone on for 0.1 s since the snapshot before.
+    c.ok(all(numbers == list(range(len(numbers))) for numbers in found), "snapshot %s has the records in order" % s)
+    if LINUX >= (6, 18) or not left:
+        c.equal(b"", left[:40], "snapshot %s ends with a whole record" % s)
+for (s, before), (t, _) in zip(cut, cut[1:]):
+    found, _ = records(read(c.at(t, "log")))
+    c.ok(all(len(numbers) >= n for numbers, n in zip(found, before)), "what was written before snapshot %s is in it" % t, "%r, not %r" % ([len(x) for x in found], before))
+end_children()
+found, left = records(read(os.path.join(c.work, "log")))
+c.ok(all(numbers == list(range(len(numbers))) for numbers in found) and not left, "no append was lost or torn", "%r is left" % left[:40])
+
+# In memory once: not in the cache of the mount, for which the reader decides.
+if LINUX >= (6, 18):
+    big = opened("big", os.O_WRONLY, size=0)
+    os.write(big, bytes(1 << 20))
+    sees = opened("big", os.O_RDONLY)
+    libc.mmap.restype = libc.mincore.argtypes = None
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    place = libc.mmap(None, 1 << 20, mmap.PROT_READ, mmap.MAP_SHARED, sees, 0)
+
+    def resident():
+        pages = ctypes.create_string_buffer(256)
+        if libc.mincore(place, 1 << 20, pages):
+            raise OSError(ctypes.get_errno(), "mincore")
+        return sum(byte & 1 for byte in pages.raw)
+    c.equal(0, resident(), "what was written is not in the cache of the mount")
+    c.equal(bytes(1 << 20), os.pread(sees, 1 << 20, 0), "it is read all the same")
+    c.equal(256, resident(), "and what was read is in the cache")
+c.done()
