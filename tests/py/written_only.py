@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Files open for writing alone: what is written to them is read at once through every other descriptor and mapping, is in memory once, and nothing of a mapping is lost by it."""
+"""Files open for writing alone: what is written to them is read at once through every other descriptor and mapping, each write(2) is one operation, and nothing of a mapping is lost by it."""
 from common import *
 import mmap, re
 
@@ -149,23 +149,4 @@ for (s, before), (t, _) in zip(cut, cut[1:]):
 end_children()
 found, left = records(read(os.path.join(c.work, "log")))
 c.ok(all(numbers == list(range(len(numbers))) for numbers in found) and not left, "no append was lost or torn", "%r is left" % left[:40])
-
-# In memory once: not in the cache of the mount, for which the reader decides.
-if LINUX >= (6, 18):
-    big = opened("big", os.O_WRONLY, size=0)
-    os.write(big, bytes(1 << 20))
-    sees = opened("big", os.O_RDONLY)
-    libc.mmap.restype = libc.mincore.argtypes = None
-    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    place = libc.mmap(None, 1 << 20, mmap.PROT_READ, mmap.MAP_SHARED, sees, 0)
-
-    def resident():
-        pages = ctypes.create_string_buffer(256)
-        if libc.mincore(place, 1 << 20, pages):
-            raise OSError(ctypes.get_errno(), "mincore")
-        return sum(byte & 1 for byte in pages.raw)
-    c.equal(0, resident(), "what was written is not in the cache of the mount")
-    c.equal(bytes(1 << 20), os.pread(sees, 1 << 20, 0), "it is read all the same")
-    c.equal(256, resident(), "and what was read is in the cache")
 c.done()
