@@ -283,7 +283,7 @@ impl Adapter {
             false => flags,
         };
         let opened = self.resent.opened(req);
-        let (gate, ttl, caching) = (self.gate.clone(), self.unasked(), self.caching(flags));
+        let (gate, ttl) = (self.gate.clone(), self.unasked());
         self.change(
             || Kind::Makes,
             move || {
@@ -297,6 +297,7 @@ impl Adapter {
                 });
                 let answer = move |_| {
                     answer!(reply, made, (attr, id) => {
+                        let caching = reader.caching(id, flags);
                         let fh = FileHandle(id);
                         let attr = file_attr(&attr, attr.node);
                         reply.created(&ttl, &attr, Generation(0), fh, caching);

@@ -32,7 +32,7 @@ use crate::engine::inventory::Found;
 use crate::error::Result;
 use crate::sync::{Arc, AtomicU32, Ordering};
 use convert::{errno, linux_is_at_least};
-use fuser::{FileHandle, FopenFlags, INodeNo, ReplyEmpty, Request};
+use fuser::{FileHandle, INodeNo, ReplyEmpty, Request};
 use handover::SnapshotMounts;
 use intent::Resent;
 use pool::Pool;
@@ -76,8 +76,6 @@ struct Adapter {
     helpers: Vec<Arc<AtomicU32>>,
     /// Where the kernel holds writes back: what a cut makes wait.
     gate: Option<Arc<Gate>>,
-    /// Files that are opened for writing alone can be written past the kernel's cache.
-    direct_writes: bool,
 }
 
 /// The handle that the flush helper gets: it stands for no open file.
@@ -95,6 +93,7 @@ impl Adapter {
             reader: Arc::new(Reader::live(
                 snapshots.engine.clone(),
                 snapshots.waiting.clone(),
+                gate.is_none() && linux_is_at_least(6, 18),
             )),
             changes: match snapshots.config.durability {
                 Durability::Strict => Some(Arc::new(Pool::new("change", CHANGE_THREADS)?)),
@@ -106,7 +105,6 @@ impl Adapter {
             cuts: Pool::new("cut", 1)?,
             resent: Resent::new(found),
             helpers,
-            direct_writes: gate.is_none() && linux_is_at_least(6, 18),
             gate,
         })
     }
@@ -153,19 +151,6 @@ impl Adapter {
         match self.gate {
             Some(_) => Duration::ZERO,
             None => FOREVER,
-        }
-    }
-
-    /// How the kernel is to cache a file that is opened with these flags of open(2).
-    ///
-    /// What can only be written goes past the kernel's cache, which holds what is read: the bytes are copied once
-    /// less, and are in memory once (docs/PERFORMANCE.md). Before Linux 6.18 a reader at the same time could leave
-    /// what was there before in that cache.
-    fn caching(&self, flags: i32) -> FopenFlags {
-        let only_writes = flags & libc::O_ACCMODE == libc::O_WRONLY;
-        match only_writes && self.direct_writes {
-            true => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_DIRECT_IO,
-            false => FopenFlags::FOPEN_KEEP_CACHE,
         }
     }
 }

@@ -288,7 +288,6 @@ impl Filesystem for Adapter {
         let gate = self.gate.clone();
         let writes = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
         let (reader, unique) = (self.reader.clone(), req.unique().0);
-        let caching = self.caching(flags.0);
         let open = move || {
             let opened = match earlier {
                 Some(id) => Ok(id),
@@ -296,7 +295,7 @@ impl Filesystem for Adapter {
             };
             let answer = move |_| {
                 answer!(reply, opened, id => {
-                    reply.opened(FileHandle(id), caching);
+                    reply.opened(FileHandle(id), reader.caching(id, flags.0));
                 });
             };
             match gate {
