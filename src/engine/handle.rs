@@ -278,7 +278,7 @@ impl Engine {
             Node::At(_) | Node::Folder(_) if writes => Err(Error::ReadOnly),
             Node::At(member) => {
                 let snapshot = self.open_snapshot(member.snapshot)?;
-                let fd = self.open_member(&member.entry)?;
+                let fd = self.backing.for_data(self.open_member(&member.entry)?);
                 Ok(OpenFile::At(MemberFile {
                     member: member.clone(),
                     fd,
@@ -305,7 +305,7 @@ impl Engine {
             OFlags::RDONLY => self.backing.open_object(&object.entry, OFlags::RDONLY)?,
             _ => self.backing.open_writable(&object.entry)?,
         };
-        let file = LiveFile::new(object.clone(), fd, flags);
+        let file = LiveFile::new(object.clone(), self.backing.for_data(fd), flags);
         if flags & libc::O_TRUNC != 0 {
             self.truncate(object, file.fd.as_fd(), 0, None)?;
         }

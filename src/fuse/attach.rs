@@ -67,18 +67,31 @@ pub fn attach(config: &MountConfig) -> Result<OwnedFd> {
     }
 }
 
-/// Lets the kernel read as far ahead as one request holds, once it has agreed on the protocol: by default it reads 128 KiB ahead on a FUSE mount, which
-/// makes eight requests of one (Documentation/ABI/testing/sysfs-class-bdi of the kernel). Where that is not permitted
-/// reading is slower, and nothing else.
-pub(super) fn read_far_ahead(mountpoint: &Path) {
+/// How far the kernel reads ahead on a mount: a few requests, so that the disk is never idle between two.
+const READ_AHEAD: u32 = 4 * MAX_WRITE;
+
+/// Lets the kernel read far ahead, once it has agreed on the protocol. False where that is not permitted: reading is
+/// slower, and nothing else.
+pub(super) fn read_far_ahead(mountpoint: &Path) -> bool {
     let mounts = control::mounts().unwrap_or_default();
-    let Some(mount) = mounts.iter().rfind(|mount| mount.mountpoint == mountpoint) else {
-        return log::debug!("{} is not in the mount table", mountpoint.display());
-    };
-    let limit = format!("/sys/class/bdi/{}/read_ahead_kb", mount.device);
-    if let Err(error) = std::fs::write(&limit, (MAX_WRITE >> 10).to_string()) {
+    match mounts.iter().rfind(|mount| mount.mountpoint == mountpoint) {
+        Some(mount) => read_far_ahead_on(&mount.device),
+        None => {
+            log::debug!("{} is not in the mount table", mountpoint.display());
+            false
+        }
+    }
+}
+
+/// The same for the mount with this number of a device. By default the kernel reads 128 KiB ahead on a FUSE mount, which
+/// makes eight requests of one (Documentation/ABI/testing/sysfs-class-bdi of the kernel).
+pub(super) fn read_far_ahead_on(device: &str) -> bool {
+    let limit = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    let set = std::fs::write(&limit, (READ_AHEAD >> 10).to_string());
+    if let Err(error) = &set {
         log::debug!("{limit}: {error}");
     }
+    set.is_ok()
 }
 
 /// Unmounts; a mount in use disappears from the tree at once and ends with its last user.

@@ -5,7 +5,7 @@
 //! descriptor out of it (pidfd_getfd(2)) and serves it beside the live mount, on the same engine.
 
 use super::REQUEST_THREADS;
-use super::attach::detach;
+use super::attach::{detach, read_far_ahead_on};
 use super::pool::Pool;
 use super::snapshot::SnapshotAdapter;
 use crate::config::MountConfig;
@@ -139,6 +139,7 @@ impl SnapshotMounts {
         let session = Session::from_fd(adapter, device, options.acl, options)
             .map_err(|e| Error::io("cannot serve", "the device", &e))?;
         crew.serve(rustix::io::dup(&session)?);
+        read_far_ahead_on(&order.device);
         self.mounted.lock().push(mounted);
         Ok(session)
     }

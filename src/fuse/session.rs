@@ -133,6 +133,9 @@ impl Server {
             None => begin(config, adapter, kept, &engine)?,
         };
         crew.serve(rustix::io::dup(&session)?);
+        if read_far_ahead(&config.mountpoint) {
+            engine.backing().expect_read_ahead();
+        }
         let notifier = session.notifier();
         if let Some(gate) = gate {
             gate.set_notifier(notifier.clone());
@@ -188,9 +191,8 @@ fn begin(
             let options = options(config);
             Session::from_fd(adapter, device, options.acl, options).map_err(failed(config))
         });
-    match begun {
-        Ok(_) => read_far_ahead(&config.mountpoint),
-        Err(_) => detach(&config.mountpoint),
+    if begun.is_err() {
+        detach(&config.mountpoint);
     }
     begun
 }
