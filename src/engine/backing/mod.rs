@@ -21,9 +21,7 @@ use crate::sys;
 use hashlink::LruCache;
 use places::{Places, enter};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{
-    Advice, AtFlags, Mode, OFlags, StatVfsMountFlags, Statx, StatxFlags, fadvise,
-};
+use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatVfsMountFlags, Statx, StatxFlags, fadvise};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::{Resource, getrlimit};
