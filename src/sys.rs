@@ -132,6 +132,14 @@ pub fn begin_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     sync_file_range(fd, libc::SYNC_FILE_RANGE_WRITE)
 }
 
+/// Waits for the pages of an open file that are being written back (sync_file_range(2)).
+///
+/// # Errors
+/// Those of the call; `EIO` if a page could not be written.
+pub fn wait_for_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    sync_file_range(fd, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
+}
+
 /// Writes back all dirty pages of an open file and waits for them, without the inode's lock (sync_file_range(2)).
 ///
 /// # Errors

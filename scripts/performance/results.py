@@ -10,6 +10,15 @@ RATIO_GOALS = {
 }
 
 
+#: Rows whose every operation is a request to the filesystem, which then does to the backing directory what the bare row does.
+ASKED = {
+    "sequential read 1M, cold", "sequential write 1M + fsync", "random write 4k, 1 file", "random write 4k, 4 files", "8k write + fsync each",
+    "append of 100 bytes", "stat, first", "open + read 4k + close", "find -ls", "tar", "cp -a", "create + write 4k + close", "rename", "unlink",
+}
+#: A computed column: an operation takes what it takes on the floor, and what it takes on the bare directory.
+BOTH = "floor + bare"
+
+
 def short(value):
     """A figure with three significant digits."""
     if value is None:
@@ -48,6 +57,8 @@ class Results:
             pairs = [value / base for value, base in zip(values, bare) if value and base]
             if pairs:
                 found[side] = statistics.median(pairs)
+        if "floor" in found and row in ASKED:
+            found[BOTH] = 1 / (1 + 1 / found["floor"])
         return found
 
     def save(self, path):
@@ -75,6 +86,7 @@ class Results:
             rows = [row for g, row in self.speeds if g == group]
             if rows:
                 sides = list(dict.fromkeys(side for row in rows for side in self.speeds[group, row]["samples"] if side != "bare"))
+                sides += [BOTH] * ("floor" in sides)
                 head = [group, "bare", *sides, "goal", "missed by"]
                 yield group, head, [self._speed_row(group, row, sides) for row in rows]
             figures = [figure for figure in self.figures if figure["group"] == group]

@@ -226,8 +226,6 @@ pub struct Object {
     /// It is a new file to which no capabilities were given (capabilities(7)): the kernel asks for them at the first
     /// write to each.
     pub without_capabilities: AtomicBool,
-    /// The kernel has asked for data of it, and may have that cached.
-    pub read: AtomicBool,
 }
 
 impl Object {
@@ -245,7 +243,6 @@ impl Object {
             retained: AtomicBool::new(false),
             pin: Mutex::new(None),
             without_capabilities: AtomicBool::new(false),
-            read: AtomicBool::new(false),
         }
     }
 

@@ -67,16 +67,16 @@ pub fn attach(config: &MountConfig) -> Result<OwnedFd> {
     }
 }
 
-/// How far the kernel reads ahead on a mount: a few requests, so that the disk is never idle between two.
-const READ_AHEAD: u32 = 4 * MAX_WRITE;
+/// How far the kernel reads ahead on a mount: two requests, so that the disk is not idle between one and the next.
+const READ_AHEAD: u32 = 2 * MAX_WRITE;
 
 /// Lets the kernel read far ahead, once it has agreed on the protocol. False where that is not permitted: reading is
 /// slower, and nothing else.
 pub(super) fn read_far_ahead(mountpoint: &Path) -> bool {
     let mounts = control::mounts().unwrap_or_default();
     match mounts.iter().rfind(|mount| mount.mountpoint == mountpoint) {
-        Some(mount) => read_far_ahead_on(&mount.device),
-        None => {
+        Some(mount) if mount.is_cowfs() => read_far_ahead_on(&mount.device),
+        _ => {
             log::debug!("{} is not in the mount table", mountpoint.display());
             false
         }

@@ -13,8 +13,8 @@ use crate::engine::object::Node;
 use crate::error::Error;
 use crate::ids::Ino;
 use fuser::{
-    Errno, FileHandle, Generation, INodeNo, RenameFlags, ReplyCreate, ReplyEmpty, ReplyEntry,
-    Request,
+    Errno, FileHandle, FopenFlags, Generation, INodeNo, RenameFlags, ReplyCreate, ReplyEmpty,
+    ReplyEntry, Request,
 };
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -297,10 +297,9 @@ impl Adapter {
                 });
                 let answer = move |_| {
                     answer!(reply, made, (attr, id) => {
-                        let caching = reader.caching(id, flags);
                         let fh = FileHandle(id);
                         let attr = file_attr(&attr, attr.node);
-                        reply.created(&ttl, &attr, Generation(0), fh, caching);
+                        reply.created(&ttl, &attr, Generation(0), fh, FopenFlags::FOPEN_KEEP_CACHE);
                     });
                     drop(intent);
                 };

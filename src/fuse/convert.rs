@@ -125,34 +125,9 @@ pub(super) fn unprivileged(req: &Request) -> Option<Unprivileged> {
     })
 }
 
-/// Whether the kernel is of this version or later. One whose release says no version is not.
-pub(super) fn linux_is_at_least(major: u32, minor: u32) -> bool {
-    is_at_least(
-        &rustix::system::uname().release().to_string_lossy(),
-        (major, minor),
-    )
-}
-
-fn is_at_least(release: &str, version: (u32, u32)) -> bool {
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(str::parse::<u32>);
-    matches!((numbers.next(), numbers.next()), (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= version)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn versions_of_kernels() {
-        for release in ["6.18.0", "6.18", "6.18.44-a1", "6.19-rc1", "7.0.0", "10.2"] {
-            assert!(is_at_least(release, (6, 18)), "{release}");
-        }
-        for release in ["6.17.9", "6.2.18", "5.19", "6", "", "next-6.18"] {
-            assert!(!is_at_least(release, (6, 18)), "{release}");
-        }
-    }
 
     #[test]
     fn device_numbers_survive() {

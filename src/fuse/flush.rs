@@ -5,7 +5,6 @@
 //! in that state, the daemon would never close `/dev/fuse`, and the mount would hang for ever. So a small
 //! process of its own asks, over a pair of pipes.
 
-use super::convert::linux_is_at_least;
 use crate::engine::object::NodeId;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering};
@@ -43,7 +42,7 @@ pub(super) fn node_of_name(name: &OsStr) -> Option<NodeId> {
 pub(super) enum Order {
     /// Write back what is dirty and wait for it.
     WriteBack = 0,
-    /// The same, and keep the descriptors.
+    /// Write back most of what is dirty, and keep the descriptors.
     Take = 1,
     /// fsync(2) each, dirty or not, by the descriptors that were taken.
     Seal = 2,
@@ -447,6 +446,10 @@ fn carry_out_at_once(
         }
     }
     match order {
+        // What gets dirty meanwhile is for the seal.
+        Order::Take if tells => dirty
+            .iter()
+            .try_for_each(|file| sys::wait_for_write_back(file.as_fd())),
         Order::Clean => dirty
             .iter()
             .try_for_each(|file| sys::write_back(file.as_fd())),
@@ -499,5 +502,11 @@ fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
 /// Whether a page counts as being written back until cowfs has answered for it. Before Linux 6.16 FUSE wrote a
 /// copy, and the page counted as clean while the request was still on its way.
 pub(super) fn pages_tell_of_requests() -> bool {
-    linux_is_at_least(6, 16)
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
+    let version = (numbers.next(), numbers.next());
+    matches!(version, (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= (6, 16))
 }

@@ -31,7 +31,7 @@ use crate::engine::handle::OpenFile;
 use crate::engine::inventory::Found;
 use crate::error::Result;
 use crate::sync::{Arc, AtomicU32, Ordering};
-use convert::{errno, linux_is_at_least};
+use convert::errno;
 use fuser::{FileHandle, INodeNo, ReplyEmpty, Request};
 use handover::SnapshotMounts;
 use intent::Resent;
@@ -93,7 +93,6 @@ impl Adapter {
             reader: Arc::new(Reader::live(
                 snapshots.engine.clone(),
                 snapshots.waiting.clone(),
-                gate.is_none() && linux_is_at_least(6, 18),
             )),
             changes: match snapshots.config.durability {
                 Durability::Strict => Some(Arc::new(Pool::new("change", CHANGE_THREADS)?)),

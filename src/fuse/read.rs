@@ -13,7 +13,7 @@ use crate::engine::dir::Line;
 use crate::engine::handle::{HandleId, Handles, OpenDir, OpenFile};
 use crate::engine::object::{Node, Nodes, ROOT_NODE};
 use crate::error::{Error, Result};
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 use crate::sys::MAX_WRITE;
 use fuser::{
     Errno, FileHandle, FopenFlags, INodeNo, InitFlags, KernelConfig, OpenFlags, ReplyAttr,
@@ -49,8 +49,6 @@ pub(super) struct Reader {
     pub(super) engine: Arc<Engine>,
     pub(super) nodes: Arc<Nodes>,
     pub(super) handles: Arc<Handles>,
-    /// Files that are opened for writing alone may be written past the kernel's cache.
-    pub(super) direct_writes: bool,
     /// What the mount's root directory is.
     pub(super) root: Node,
     /// How the kernel may keep listings.
@@ -63,9 +61,8 @@ pub(super) struct Reader {
 
 impl Reader {
     /// The live tree, with its snapshot folders.
-    pub(super) fn live(engine: Arc<Engine>, waiting: Arc<Pool>, direct_writes: bool) -> Self {
+    pub(super) fn live(engine: Arc<Engine>, waiting: Arc<Pool>) -> Self {
         Self {
-            direct_writes,
             nodes: engine.nodes.clone(),
             handles: engine.handles().clone(),
             root: Node::Live(engine.root()),
@@ -201,37 +198,11 @@ impl Reader {
         Ok(self.handles.add_file(file, unique))
     }
 
-    /// How the kernel is to cache the open file `id`, opened with these flags of open(2).
-    ///
-    /// What can only be written goes past the kernel's cache, which holds what is read: the bytes are copied once
-    /// less, and are in memory once (docs/PERFORMANCE.md). Not if the kernel has cached what the file contains, as it
-    /// would throw that away. Before Linux 6.18 somebody who read at the same time could leave what was there
-    /// before in the cache.
-    pub(super) fn caching(&self, id: HandleId, flags: i32) -> FopenFlags {
-        let never_read = |file: &OpenFile| match file {
-            OpenFile::Live(live) => !live.object.read.load(Ordering::Relaxed),
-            OpenFile::At(_) => false,
-        };
-        let only_writes = flags & libc::O_ACCMODE == libc::O_WRONLY;
-        let direct = self.direct_writes
-            && only_writes
-            && self.handles.file(id).is_ok_and(|file| never_read(&file));
-        match direct {
-            true => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_DIRECT_IO,
-            false => FopenFlags::FOPEN_KEEP_CACHE,
-        }
-    }
-
     pub(super) fn read(&self, fh: FileHandle, offset: u64, size: u32, reply: ReplyData) {
         let file = match self.file(fh) {
             Ok(file) => file,
             Err(error) => return reply.error(errno(&error)),
         };
-        if let OpenFile::Live(live) = &*file
-            && !live.object.read.load(Ordering::Relaxed)
-        {
-            live.object.read.store(true, Ordering::Relaxed);
-        }
         with_buffer(size, |buf| {
             match self.engine.read_cached(&file, offset, buf) {
                 Ok(Some(n)) => reply.data(&buf[..n]),

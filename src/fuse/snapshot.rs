@@ -36,7 +36,6 @@ impl SnapshotAdapter {
                 nodes: view.nodes.clone(),
                 handles: view.handles.clone(),
                 root: view.root(),
-                direct_writes: false,
                 // A listing never changes.
                 listings: FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
                 crew: Crew::new(),
