@@ -278,7 +278,7 @@ impl Engine {
             Node::At(_) | Node::Folder(_) if writes => Err(Error::ReadOnly),
             Node::At(member) => {
                 let snapshot = self.open_snapshot(member.snapshot)?;
-                let fd = self.backing.for_data(self.open_member(&member.entry)?);
+                let fd = self.open_member(&member.entry)?;
                 Ok(OpenFile::At(MemberFile {
                     member: member.clone(),
                     fd,
@@ -303,9 +303,12 @@ impl Engine {
     pub(super) fn open_live(&self, object: &ObjectRef, flags: i32) -> Result<LiveFile> {
         let fd = match access(flags) {
             OFlags::RDONLY => self.backing.open_object(&object.entry, OFlags::RDONLY)?,
-            _ => self.backing.open_writable(&object.entry)?,
+            _ => {
+                let file = self.backing.open_writable(&object.entry)?;
+                self.backing.for_writer(file)
+            }
         };
-        let file = LiveFile::new(object.clone(), self.backing.for_data(fd), flags);
+        let file = LiveFile::new(object.clone(), fd, flags);
         if flags & libc::O_TRUNC != 0 {
             self.truncate(object, file.fd.as_fd(), 0, None)?;
         }

@@ -191,7 +191,7 @@ impl Engine {
                 let (object, found) = self.adopt(&mut op, &dir, fd.as_fd(), name, caller)?;
                 object.without_capabilities.store(true, Ordering::SeqCst);
                 let attr = self.tell(&object, found.attr);
-                let file = self.backing.for_data(file);
+                let file = self.backing.for_writer(file);
                 Ok((attr, LiveFile::new(object, file, flags)))
             }
             Err(Error::Os(Errno::EXIST)) if flags & libc::O_EXCL == 0 => {

@@ -353,16 +353,16 @@ impl Backing {
         }
     }
 
-    /// Has every file that is opened from now on read as it is asked for: the caller's requests are those of somebody who
-    /// reads ahead.
+    /// Has every file that is opened for writing from now on read as it is asked for: the caller's requests are those of
+    /// somebody who reads ahead.
     pub fn expect_read_ahead(&self) {
         self.read_ahead_above.store(true, Ordering::Relaxed);
     }
 
-    /// Prepares a descriptor through which data is read. Once read ahead is enough, and what the kernel reads ahead for
-    /// cowfs comes in pages so large that it takes ext4 ten times as long to overwrite 4 KiB of one
+    /// Prepares a descriptor for a file that is read and written. Once read ahead is enough, and what the kernel reads ahead
+    /// for cowfs comes in pages so large that it takes ext4 ten times as long to overwrite 4 KiB of one
     /// (docs/PERFORMANCE.md).
-    pub(super) fn for_data(&self, file: OwnedFd) -> OwnedFd {
+    pub(super) fn for_writer(&self, file: OwnedFd) -> OwnedFd {
         if self.read_ahead_above.load(Ordering::Relaxed)
             && let Err(errno) = fadvise(&file, 0, None, Advice::Random)
         {
