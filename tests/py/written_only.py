@@ -93,7 +93,7 @@ with open(os.path.join(c.backing, "live", "mapped"), "rb") as f:
     data = f.read()
 for k in range(PAGES):
     there, = struct.unpack_from("<Q", data, k * PAGE)
-    c.ok(there in (stored, stored + 1), "the store to page %d is not lost" % k, "%d, not %d" % (there, stored))
+    c.equal(stored, there, "the store to page %d is not lost" % k)
     c.equal(n, struct.unpack_from("<Q", data, k * PAGE + 2000)[0], "nor the write to it")
 
 # Records appended by several: each is whole. In a snapshot the last may end with the page that it began in, where the
@@ -135,10 +135,11 @@ cut = []
 for _ in range(8):
     time.sleep(0.1)
     cut.append((c.snap(), [struct.unpack("<Q", count[:8])[0] for count in counts]))
+c.ok(all(n > 100 for n in cut[-1][1]), "the writers went on meanwhile", repr(cut[-1][1]))
 for s, _ in cut:
     found, left = records(read(c.at(s, "log")))
     c.ok(all(numbers == list(range(len(numbers))) for numbers in found), "snapshot %s has the records in order" % s)
-    c.ok(not left or os.path.getsize(c.at(s, "log")) % PAGE == 0, "snapshot %s ends with a whole record, or with a page" % s, repr(left[:40]))
+    c.ok(not left or len(left) < LONGEST and os.path.getsize(c.at(s, "log")) % PAGE == 0, "snapshot %s ends with a whole record, or with a page" % s, repr(left[:40]))
 for (s, before), (t, _) in zip(cut, cut[1:]):
     found, _ = records(read(c.at(t, "log")))
     c.ok(all(len(numbers) >= n for numbers, n in zip(found, before)), "what was written before snapshot %s is in it" % t, "%r, not %r" % ([len(x) for x in found], before))
