@@ -31,14 +31,14 @@ const PROMPT: Duration = Duration::from_micros(80);
 const SLOW: Duration = Duration::from_micros(100);
 /// How often the watch looks whether the threads at the device still get on.
 const TICK: Duration = Duration::from_millis(1);
-/// So many requests within this time for which others may have waited are more than what the scheduler does to anybody.
+/// So many such requests within this time are more than what the scheduler does to anybody.
 const OFTEN: (u32, Duration) = (8, Duration::from_millis(100));
 /// After so many ticks without a request the watch sleeps until there is one.
 const IDLE_TICKS: u32 = 20;
 /// So many requests in a row that have waited for the one before are more than one thread can do.
 const BEHIND: u32 = 16;
 /// How long more than one thread stays at the device after there last was a reason.
-const CALM: Duration = Duration::from_secs(1);
+const CALM: Duration = Duration::from_millis(200);
 
 /// What is added to [`Crew::progress`] for a request that is done.
 const DONE: u64 = 1 << 16;
@@ -179,17 +179,17 @@ impl Crew {
             return self.park();
         }
         let slow = now.saturating_sub(began) > SLOW;
-        if slow && wanted > 1 {
-            store(&self.raised, now);
-        }
         if !prompt && !slow {
             return;
         }
-        if waits(device) {
+        let others = waits(device);
+        // Where there are several, others need not wait for a slow one.
+        if slow && (others || wanted > 1) {
+            self.note_slow(&mut self.parked.lock(), now, others);
+        }
+        if others {
             let behind = self.behind.fetch_add(1, Ordering::Relaxed) + 1;
-            if slow {
-                self.note_slow(&mut self.parked.lock(), now);
-            } else if behind >= BEHIND && wanted < self.processors / 2 {
+            if !slow && behind >= BEHIND && wanted < self.processors / 2 {
                 self.raise(&mut self.parked.lock(), now);
             }
             return;
@@ -219,15 +219,19 @@ impl Crew {
         self.disturbed.store(0, Ordering::Relaxed);
     }
 
-    /// Counts a request that took long while others waited: they do better with more threads if that goes on.
-    fn note_slow(&self, parked: &mut Parked, now: Duration) {
+    /// Counts a request that took long: if that goes on, those who waited for it, if there are such, do better with one
+    /// thread more, and the threads that there are stay.
+    fn note_slow(&self, parked: &mut Parked, now: Duration, others: bool) {
         if now.saturating_sub(parked.slow.1) > OFTEN.1 {
             parked.slow = (0, now);
         }
         parked.slow.0 += 1;
         if parked.slow.0 >= OFTEN.0 {
             parked.slow = (0, now);
-            self.raise(parked, now);
+            match others {
+                true => self.raise(parked, now),
+                false => store(&self.raised, now),
+            }
         }
     }
 
@@ -293,7 +297,7 @@ impl Crew {
             let stands = self.progress.load(Ordering::SeqCst) / DONE == before / DONE;
             if stands && self.at_device() == 0 {
                 self.call(parked);
-                self.note_slow(parked, self.start.elapsed());
+                self.note_slow(parked, self.start.elapsed(), true);
             }
             idle = if stands { idle + 1 } else { 0 };
         }
@@ -448,10 +452,19 @@ mod tests {
             assert_eq!(self.answer().0, sent);
         }
 
-        /// Asks until one thread alone answers, as it has to be in the end.
+        /// Has every thread be in a request, because one that never was cannot be parked; then asks until one alone
+        /// answers, as it has to be in the end.
         fn settle(&self) {
             let end = Instant::now() + LONG;
-            while (0..100).map(|_| self.ask()).collect::<HashSet<_>>().len() > 1 {
+            (0..REQUEST_THREADS).for_each(|_| self.send(Sent::Stuck));
+            while self.crew.progress.load(Ordering::SeqCst) % DONE < REQUEST_THREADS as u64 {
+                assert!(Instant::now() < end, "a thread takes no request");
+                std::thread::sleep(TICK);
+            }
+            (0..REQUEST_THREADS).for_each(|_| self.allow.send(()).unwrap());
+            (0..REQUEST_THREADS).for_each(|_| assert_eq!(self.answer().0, Sent::Stuck));
+            let alone = || self.crew.active.load(Ordering::SeqCst) == 1;
+            while (0..100).map(|_| self.ask()).collect::<HashSet<_>>().len() > 1 || !alone() {
                 assert!(Instant::now() < end, "several threads go on to answer");
             }
         }
@@ -517,9 +530,15 @@ mod tests {
             rig.ask();
         }
         let done = || rig.crew.progress.load(Ordering::SeqCst) / DONE;
-        let before = done();
-        std::thread::sleep(TICK);
-        assert_eq!(done(), before, "the parts count as requests that are done");
+        let end = Instant::now() + LONG;
+        // The last answer may be there before its request counts.
+        while {
+            let before = done();
+            std::thread::sleep(TICK);
+            done() != before
+        } {
+            assert!(Instant::now() < end, "the parts count as requests");
+        }
         // Others have gone back to the device meanwhile, and are more than are needed.
         rig.allow_end_of(Sent::Parts);
         rig.settle();
@@ -539,6 +558,26 @@ mod tests {
         rig.send(Sent::Stuck);
         rig.ask();
         rig.allow_end_of(Sent::Stuck);
+        rig.end();
+    }
+
+    #[test]
+    fn one_thread_answers_again_although_some_requests_take_long() {
+        let rig = rig();
+        rig.settle();
+        for _ in 1..REQUEST_THREADS {
+            let now = rig.crew.start.elapsed();
+            rig.crew.raise(&mut rig.crew.parked.lock(), now);
+        }
+        let end = Instant::now() + LONG;
+        let mut answered = HashSet::new();
+        while answered.len() != 1 {
+            assert!(Instant::now() < end, "several threads go on to answer");
+            rig.send(Sent::Stuck);
+            std::thread::sleep(OFTEN.1 / 4);
+            rig.allow_end_of(Sent::Stuck);
+            answered = (0..100).map(|_| rig.ask()).collect();
+        }
         rig.end();
     }
 
