@@ -94,6 +94,8 @@ def pgbench(bench):
     disk = mounts.Disk(bench.work, bench.disk.kind, gigabytes)
     os.chmod(disk.root, 0o755)
     servers, sides = [], [mounts.Bare("bare", disk)] + [mounts.Cowfs(name, disk, bench.cowfs, options) for name, options, _ in bench.modes]
+    if bench.sizes["peers"]:
+        sides += [mounts.Bindfs("bindfs", disk), mounts.Mergerfs("mergerfs", disk), mounts.FuseOverlayfs("fuse-overlayfs", disk)]
     try:
         for number, side in enumerate(sides):
             bench.say("pgbench: a database of scale %d on %s" % (scale, side.name))
@@ -115,7 +117,8 @@ def pgbench(bench):
 
 def slice_of(bench, server, seconds):
     """Two stretches of pgbench. In the first a copy runs all the time: of a snapshot, which is made anew every ten
-    seconds, or of the bare directory as it is. In the second there is the snapshot, and nobody reads it."""
+    seconds, or of the bare directory as it is. In the second there is the snapshot, and nobody reads it; what has no
+    snapshots is measured here alone, and says what FUSE takes."""
     def snapshot(process, then):
         path = server.side.snapshot("pg")
         os.mkdir(path)
@@ -131,8 +134,10 @@ def slice_of(bench, server, seconds):
         process.wait(seconds + 60)
 
     for row, then in (("pgbench", copied), ("pgbench, nobody copies", left)):
-        if server.side.name == "bare":
+        if isinstance(server.side, mounts.Cowfs):
+            meanwhile = lambda process: snapshot(process, then)
+        elif then == left or server.side.name == "bare":
             meanwhile = lambda process: then(server.data, process)
         else:
-            meanwhile = lambda process: snapshot(process, then)
+            continue
         bench.results.speed("pgbench", row, server.side.name, server.speed(seconds, meanwhile), "tps")
