@@ -9,6 +9,7 @@
 //! out, and the thread has not yet gone back to the loop.
 
 use super::REQUEST_THREADS;
+use super::pool::Pool;
 use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -163,6 +164,27 @@ impl Crew {
     fn at_device(&self) -> usize {
         let working = (self.progress.load(Ordering::SeqCst) % DONE) as usize;
         self.active.load(Ordering::SeqCst).saturating_sub(working)
+    }
+
+    /// Runs a job that waits for a disk, for the request that this thread is in: on this thread if it may wait, as
+    /// giving the job to one of the pool costs another waking.
+    pub(super) fn wait(&self, pool: &Pool, job: impl FnOnce() + Send + 'static) {
+        match self.may_wait() {
+            true => job(),
+            false => pool.run(job),
+        }
+    }
+
+    /// Whether the request that this thread is in may wait for a disk: another one is at the device. If none is, one
+    /// comes, and stays as long as there are such requests. Of all threads that are in a request the one that came
+    /// into it last sees all others, so there is always one that may not wait.
+    pub(super) fn may_wait(&self) -> bool {
+        let now = self.start.elapsed();
+        match self.wanted.load(Ordering::Relaxed) {
+            0 | 1 => self.raise(&mut self.parked.lock(), now),
+            _ => store(&self.raised, now),
+        }
+        self.at_device() > 0
     }
 
     /// What a thread does when it is through with a request that took from `began` to `now`.
@@ -366,6 +388,8 @@ mod tests {
         Stuck,
         /// So does this one, in many parts.
         Parts,
+        /// So does this one, if its thread may wait.
+        Waits,
     }
 
     struct Rig {
@@ -408,9 +432,10 @@ mod tests {
                     let _turn = crew.turn();
                     let sent = match request[0] {
                         0 => Sent::Quick,
-                        _ => Sent::Stuck,
+                        1 => Sent::Stuck,
+                        _ => Sent::Waits,
                     };
-                    if sent == Sent::Stuck {
+                    if sent == Sent::Stuck || sent == Sent::Waits && crew.may_wait() {
                         allowed.recv().unwrap();
                     }
                     tell.send((sent, std::thread::current().id())).unwrap();
@@ -518,6 +543,38 @@ mod tests {
             rig.allow_end_of(Sent::Stuck);
         }
         rig.ask();
+        rig.end();
+    }
+
+    #[test]
+    fn requests_that_wait_leave_a_thread_at_the_device() {
+        const MANY: usize = 10 * REQUEST_THREADS;
+        let rig = rig();
+        rig.settle();
+        (0..MANY).for_each(|_| rig.send(Sent::Waits));
+        rig.send(Sent::Quick);
+        let mut waiting = MANY;
+        while rig.answer().0 == Sent::Waits {
+            waiting -= 1;
+        }
+        assert!(waiting < REQUEST_THREADS, "{waiting} wait");
+        (0..waiting).for_each(|_| rig.allow_end_of(Sent::Waits));
+        rig.settle();
+        rig.end();
+    }
+
+    #[test]
+    fn a_request_may_wait_when_another_thread_has_come() {
+        let rig = rig();
+        rig.settle();
+        let end = Instant::now() + LONG;
+        rig.send(Sent::Waits);
+        while rig.done.recv_timeout(10 * TICK).is_ok() {
+            assert!(Instant::now() < end, "no request may wait");
+            rig.send(Sent::Waits);
+        }
+        rig.allow_end_of(Sent::Waits);
+        rig.settle();
         rig.end();
     }
 

@@ -46,7 +46,8 @@ const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Threads that can take requests from the kernel, for each mount. More than one, so that a read from a cold disk
 /// does not hold up everybody else; how many do is for the [`crew`].
 const REQUEST_THREADS: usize = 4;
-/// Threads for requests that may block, of each kind: reads that wait for a disk do not queue behind syncs.
+/// Threads for requests that may block, of each kind, where the request threads are needed at the device: reads that
+/// wait for a disk do not queue behind syncs.
 const BLOCKING_THREADS: usize = 8;
 
 /// Threads for changes under strict durability, most of which wait for the journal: those that wait at the same time
@@ -132,14 +133,15 @@ impl Adapter {
         let engine = self.engine.clone();
         let file = self.reader.file(fh);
         let syncing = self.gate.as_ref().map(Gate::syncing);
-        self.blocking.run(move || {
+        let sync = move || {
             let _syncing = syncing;
             let done = file.and_then(|file| match &*file {
                 OpenFile::Live(live) => engine.fsync(live, datasync),
                 OpenFile::At(_) => Ok(()),
             });
             answer!(reply, done, () => reply.ok());
-        });
+        };
+        self.reader.crew.wait(&self.blocking, sync);
     }
 }
 

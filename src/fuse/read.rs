@@ -207,6 +207,9 @@ impl Reader {
             match self.engine.read_cached(&file, offset, buf) {
                 Ok(Some(n)) => reply.data(&buf[..n]),
                 Err(error) => reply.error(errno(&error)),
+                Ok(None) if self.crew.may_wait() => {
+                    answer!(reply, self.engine.read(&file, offset, buf), n => reply.data(&buf[..n]));
+                }
                 // Waiting for a disk is not for a request thread.
                 Ok(None) => {
                     let (engine, file) = (self.engine.clone(), file.clone());

@@ -363,7 +363,7 @@ impl Filesystem for Adapter {
         }
         let (engine, gate) = (self.engine.clone(), self.gate.clone());
         match (written, &self.changes) {
-            (Ok((file, Some(n), true)), _) => self.blocking.run(move || {
+            (Ok((file, Some(n), true)), _) => self.reader.crew.wait(&self.blocking, move || {
                 let done = writable(&file).and_then(|live| engine.sync_write(live));
                 drop(file);
                 answer!(reply, done, () => reply.written(n as u32));
@@ -490,7 +490,7 @@ impl Filesystem for Adapter {
     ) {
         let _turn = self.reader.crew.turn();
         let (engine, dir) = (self.engine.clone(), self.reader.handles.dir(fh.0));
-        self.blocking.run(move || {
+        self.reader.crew.wait(&self.blocking, move || {
             answer!(reply, dir.and_then(|dir| engine.fsync_dir(&dir)), () => reply.ok());
         });
     }
