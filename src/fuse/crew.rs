@@ -57,8 +57,10 @@ pub(super) struct Crew {
     active: AtomicUsize,
     /// Threads that should be at the device when nothing is going on.
     wanted: AtomicUsize,
-    /// When there last was a reason for more than one, in ns, as the next two.
+    /// When there last was a reason for as many, in ns, as the next three.
     raised: AtomicU64,
+    /// When a request last had to wait for a disk: a reason for two.
+    waited: AtomicU64,
     /// When the last request was done.
     last: AtomicU64,
     /// Until when others are taken to need the processors.
@@ -91,6 +93,8 @@ struct Member(Weak<Crew>);
 impl Drop for Member {
     fn drop(&mut self) {
         if let Some(crew) = self.0.upgrade() {
+            // It is not parked, or it would not end.
+            crew.active.fetch_sub(1, Ordering::SeqCst);
             crew.parked.lock().over = true;
             crew.wake.notify_all();
         }
@@ -111,6 +115,7 @@ impl Crew {
             active: AtomicUsize::new(0),
             wanted: AtomicUsize::new(1),
             raised: AtomicU64::new(0),
+            waited: AtomicU64::new(0),
             last: AtomicU64::new(0),
             crowded: AtomicU64::new(0),
             disturbed: AtomicU32::new(0),
@@ -162,8 +167,13 @@ impl Crew {
 
     /// Threads that are not parked and not in a request: at the device, or about to be.
     fn at_device(&self) -> usize {
-        let working = (self.progress.load(Ordering::SeqCst) % DONE) as usize;
+        let working = self.working();
         self.active.load(Ordering::SeqCst).saturating_sub(working)
+    }
+
+    /// Threads that are in a request.
+    fn working(&self) -> usize {
+        (self.progress.load(Ordering::SeqCst) % DONE) as usize
     }
 
     /// Runs a job that waits for a disk, for the request that this thread is in: on this thread if it may wait, as
@@ -175,16 +185,20 @@ impl Crew {
         }
     }
 
-    /// Whether the request that this thread is in may wait for a disk: another one is at the device. If none is, one
+    /// Whether the request that this thread is in may wait for a disk: another one is at the device. If none is yet, one
     /// comes, and stays as long as there are such requests. Of all threads that are in a request the one that came
-    /// into it last sees all others, so there is always one that may not wait.
+    /// into it last sees all others, so not all of them wait. Two at most do, so that those that are left can relieve
+    /// each other when a request has to wait that was not made for it.
     pub(super) fn may_wait(&self) -> bool {
         let now = self.start.elapsed();
-        match self.wanted.load(Ordering::Relaxed) {
-            0 | 1 => self.raise(&mut self.parked.lock(), now),
-            _ => store(&self.raised, now),
+        store(&self.waited, now);
+        if self.wanted.load(Ordering::Relaxed) < 2 {
+            let mut parked = self.parked.lock();
+            if self.wanted.load(Ordering::Relaxed) < 2 {
+                self.raise(&mut parked, now);
+            }
         }
-        self.at_device() > 0
+        self.at_device() > 0 && self.working() + 2 <= REQUEST_THREADS
     }
 
     /// What a thread does when it is through with a request that took from `began` to `now`.
@@ -194,8 +208,14 @@ impl Crew {
         };
         let mut wanted = self.wanted.load(Ordering::Relaxed);
         if wanted > 1 && now.saturating_sub(nanoseconds(&self.raised)) > CALM {
-            wanted = 1;
-            self.wanted.store(1, Ordering::Relaxed);
+            let waits = now.saturating_sub(nanoseconds(&self.waited)) <= CALM;
+            let calm = if waits { 2 } else { 1 };
+            // Unless there is a new reason by now.
+            let (then, relaxed) = (wanted, Ordering::Relaxed);
+            wanted = match self.wanted.compare_exchange(then, calm, relaxed, relaxed) {
+                Ok(_) => calm,
+                Err(more) => more,
+            };
         }
         if self.at_device() > wanted {
             return self.park();
@@ -283,6 +303,11 @@ impl Crew {
             return;
         }
         self.active.fetch_sub(1, Ordering::SeqCst);
+        // One that has come into a request meanwhile may wait because this one was there.
+        if self.at_device() < self.wanted.load(Ordering::Relaxed) {
+            self.active.fetch_add(1, Ordering::SeqCst);
+            return;
+        }
         while !parked.over && parked.called == 0 {
             if parked.watched {
                 self.wake.wait(&mut parked);
@@ -557,9 +582,38 @@ mod tests {
         while rig.answer().0 == Sent::Waits {
             waiting -= 1;
         }
-        assert!(waiting < REQUEST_THREADS, "{waiting} wait");
+        assert!(waiting <= 2, "{waiting} wait");
         (0..waiting).for_each(|_| rig.allow_end_of(Sent::Waits));
         rig.settle();
+        rig.end();
+    }
+
+    #[test]
+    fn two_threads_stay_where_requests_wait_now_and_then() {
+        let rig = rig();
+        rig.settle();
+        for _ in 1..REQUEST_THREADS {
+            let now = rig.crew.start.elapsed();
+            rig.crew.raise(&mut rig.crew.parked.lock(), now);
+        }
+        let end = Instant::now() + LONG;
+        let active = || rig.crew.active.load(Ordering::SeqCst);
+        while active() < REQUEST_THREADS {
+            assert!(Instant::now() < end, "not all come");
+            std::thread::yield_now();
+        }
+        while active() != 2 {
+            assert!(Instant::now() < end, "the others stay");
+            rig.send(Sent::Waits);
+            std::thread::sleep(OFTEN.1 / 4);
+            match rig.done.try_recv() {
+                Ok((sent, _)) => assert_eq!(sent, Sent::Waits),
+                Err(_) => rig.allow_end_of(Sent::Waits),
+            }
+            for _ in 0..100 {
+                rig.ask();
+            }
+        }
         rig.end();
     }
 
