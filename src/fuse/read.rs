@@ -210,7 +210,7 @@ impl Reader {
                 Ok(None) if self.crew.may_wait() => {
                     answer!(reply, self.engine.read(&file, offset, buf), n => reply.data(&buf[..n]));
                 }
-                // Waiting for a disk is not for a request thread.
+                // Waiting for a disk is not for the last thread at the device.
                 Ok(None) => {
                     let (engine, file) = (self.engine.clone(), file.clone());
                     self.waiting.run(move || {
