@@ -11,8 +11,9 @@ use rustix::process::{Signal, kill_process};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use support::model::Random;
 use support::user::{Who, again};
 use support::{Mount, env_number, own_script, python_with, seed};
@@ -110,6 +111,74 @@ fn holes_are_told_as_they_are() {
     assert_eq!(data(&kept), (MIB, MIB + 4096));
 }
 
+fn modified(path: &Path) -> SystemTime {
+    fs::metadata(path).unwrap().modified().unwrap()
+}
+
+/// Times that the backing file does not have yet are shown in snapshots, and it has them when its file is closed.
+#[test]
+fn a_file_that_is_synced_all_the_time_has_the_times_that_the_kernel_shows() {
+    let mount = writeback("wb-times");
+    let (path, beneath) = (mount.mnt.join("file"), mount.backing.join("file"));
+    let file = fs::File::create(&path).unwrap();
+    let (mut kept, mut behind) = (Vec::new(), 0);
+    for round in 0..5 {
+        for _ in 0..20 {
+            file.write_all_at(&[round; 8192], 0).unwrap();
+            file.sync_all().unwrap();
+            behind += u64::from(modified(&beneath) != modified(&path));
+        }
+        let shown = modified(&path);
+        let snapshot = mount.snapshot(&format!("s{round}")).join("file");
+        assert_eq!(modified(&snapshot), shown, "VIOLATION: not changed since");
+        kept.push((snapshot, shown));
+    }
+    assert!(behind > 0, "the backing file always had the time already");
+    let check = |shown: SystemTime| {
+        for (snapshot, shown) in &kept {
+            assert_eq!(modified(snapshot), *shown, "VIOLATION: changed since");
+        }
+        assert_eq!(modified(&path), shown);
+        assert_eq!(modified(&beneath), shown);
+    };
+
+    let shown = modified(&path);
+    drop(file);
+    mount.remount();
+    check(shown);
+
+    // A time that somebody sets is that time, also in the middle of it.
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let long_ago = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    for _ in 0..20 {
+        file.write_all_at(&[9; 8192], 0).unwrap();
+        file.sync_all().unwrap();
+        file.set_modified(long_ago).unwrap();
+        assert_eq!(modified(&beneath), long_ago);
+    }
+    drop(file);
+    mount.remount();
+    check(long_ago);
+}
+
+/// What a daemon that dies leaves is the time at which it wrote.
+#[test]
+fn a_time_that_dies_with_the_server_was_nearly_what_is_there() {
+    let mount = writeback("wb-times-kill");
+    let path = mount.mnt.join("file");
+    let file = fs::File::create(&path).unwrap();
+    for _ in 0..20 {
+        file.write_all_at(&[1; 8192], 0).unwrap();
+        file.sync_all().unwrap();
+    }
+    let shown = modified(&path);
+    mount.kill9();
+    drop(file);
+    mount.recover();
+    let off = modified(&path).duration_since(shown).unwrap();
+    assert!(off < Duration::from_secs(1), "{off:?} later than shown");
+}
+
 /// Ends the other threads of a test, also when it fails.
 struct Stop<'a>(&'a AtomicBool);
 
@@ -146,7 +215,7 @@ fn count(mount: &Mount, number: usize, done: &AtomicBool, synced: &AtomicU64) {
     }
 }
 
-fn counter(path: &std::path::Path) -> u64 {
+fn counter(path: &Path) -> u64 {
     let bytes = fs::read(path).unwrap();
     let first = bytes
         .first_chunk::<8>()
@@ -244,7 +313,7 @@ fn what_was_synced_and_the_snapshots_outlive_kill_9() {
     let mut random = Random::new(seed("writeback kill"));
     let mount = writeback("wb-kill");
     let mut snapshots: BTreeMap<String, Vec<u64>> = BTreeMap::new();
-    let read = |path: &std::path::Path| -> Vec<u64> {
+    let read = |path: &Path| -> Vec<u64> {
         (0..3)
             .map(|n| counter(&path.join(format!("count-{n}"))))
             .collect()

@@ -6,6 +6,7 @@ use super::creds::{KillPriv, Unprivileged};
 use super::handle::{LiveFile, OpenFile};
 use super::keep::Range;
 use super::object::{Member, Node, NodeId, Object, ObjectRef};
+use super::times::with_owed;
 use crate::error::{Error, Result};
 use crate::store::{AttrImage, Timestamp};
 use crate::sync::{Arc, Ordering};
@@ -126,6 +127,7 @@ impl Engine {
         if object.retained.load(Ordering::SeqCst) {
             image.nlink = 0;
         }
+        image = with_owed(self.times.owed(object.ino()), image);
         Attr {
             node: self.nodes.live_id(object.ino()),
             shown: object.ino().0,
@@ -182,7 +184,11 @@ impl Engine {
             if let (Some(size), Some(fd)) = (set.size, writable) {
                 self.for_caller(object, fd, caller, || self.backing.truncate(fd, size))?;
             }
-            apply(&self.backing, fd.as_fd(), set)
+            apply(&self.backing, fd.as_fd(), set)?;
+            if set.mtime.is_some() {
+                self.times.forget(object.ino());
+            }
+            Ok(())
         })?;
         self.live_attr(object, fd.as_fd())
     }
@@ -208,7 +214,7 @@ impl Engine {
     }
 
     /// The one way to change attributes: lock, enter the epoch, keep them, settle, `apply`.
-    fn change_attr(
+    pub(super) fn change_attr(
         &self,
         object: &Object,
         mut apply: impl FnMut(&mut super::keep::Op<'_>) -> Result<()>,

@@ -12,13 +12,14 @@ use super::Engine;
 use super::epoch::InFlight;
 use super::object::{Kept, Known, Object, ObjectGuard, Owed};
 use super::room::{SMALL, UnderCut};
+use super::times::with_owed;
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino, Lsn};
 use crate::planted::{self, Bug};
 use crate::store::{AttrImage, Retained, Store};
 use crate::sync::{Arc, AtomicU64, Ordering};
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 use std::time::Instant;
 
@@ -215,8 +216,7 @@ impl<'a> Op<'a> {
         // I2
         if !matches!(self.attr_kept(object, aim)?, Known::Yes(_)) {
             let fd = self.engine.object_fd(object)?;
-            let image = self.engine.backing.full_attr(fd.as_fd())?;
-            self.append_attr(object, aim, &image)?;
+            self.append_attr(object, aim, fd.as_fd())?;
         }
         Ok(())
     }
@@ -229,16 +229,16 @@ impl<'a> Op<'a> {
         Ok(self.kept(object)?.attr)
     }
 
-    fn append_attr(&mut self, object: &Object, aim: Aim, image: &AttrImage) -> Result<()> {
+    /// Keeps the attributes that `object` has now. Returns its size.
+    fn append_attr(&mut self, object: &Object, aim: Aim, fd: BorrowedFd<'_>) -> Result<u64> {
+        let owed = self.engine.times.owed(object.ino());
+        let image = with_owed(owed, self.engine.backing.full_attr(fd)?);
         // Of a removed object the live link is the one in `retained/`, which the cut did not have. Its
         // attributes are kept with its removal at the latest, so that this is only ever about an object
         // removed in an epoch before `label` that is still open.
         let nlink =
             image.nlink - u32::from(object.retained.load(Ordering::SeqCst)).min(image.nlink);
-        let image = AttrImage {
-            nlink,
-            ..image.clone()
-        };
+        let image = AttrImage { nlink, ..image };
         let ino = object.ino();
         let xattrs = image.xattrs.iter().map(|(n, v)| n.len() + v.len());
         let bytes = SMALL + xattrs.sum::<usize>() as u64;
@@ -252,7 +252,7 @@ impl<'a> Op<'a> {
         let kept = self.kept(object)?;
         kept.attr = Known::Yes(image.size);
         kept.note(aim.label);
-        Ok(())
+        Ok(image.size)
     }
 
     /// Keeps what `name` in the directory `dir` means.

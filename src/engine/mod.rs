@@ -19,6 +19,7 @@ pub mod recover;
 pub mod room;
 pub mod session;
 pub mod snapshot;
+mod times;
 pub mod upkeep;
 pub mod view;
 pub mod write;
@@ -41,6 +42,7 @@ use rustix::io::Errno;
 use snapshot::{Barrier, CutReport};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use times::KernelTimes;
 use upkeep::Upkeep;
 use view::Snapshots;
 
@@ -111,6 +113,8 @@ pub struct Engine {
     inventory: Option<Arc<Inventory>>,
     /// Files without a name that are open, and have their last link in `orphans/`.
     orphans: Mutex<Vec<ObjectRef>>,
+    /// Times that the kernel has told of and the backing directory does not have yet. A leaf in lock order.
+    times: KernelTimes,
     /// What the last cut cost.
     last_cut: Mutex<Option<CutReport>>,
     /// Held while the store is looked over.
@@ -196,6 +200,7 @@ impl Engine {
             handles: Arc::new(Handles::new(inventory.clone(), root)),
             inventory,
             orphans: Mutex::default(),
+            times: KernelTimes::default(),
             backing,
             store,
             durability: options.durability,
@@ -303,6 +308,7 @@ impl Engine {
     /// the store as closed in order.
     pub fn close(&self) -> Result<()> {
         self.upkeep.stop();
+        self.settle_times();
         self.drop_orphans();
         let settled = self
             .settle_snapshots()

@@ -6,6 +6,7 @@
 use super::Engine;
 use super::handle::{MemberFile, OpenFile};
 use super::object::{Member, Node};
+use super::times::with_owed;
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK, CHUNK_BLOCKS, Epoch, Ino};
 use crate::store::{AttrImage, EntryImage, ExtentRef};
@@ -289,7 +290,8 @@ impl Engine {
         if let Some((_, image)) = self.store.attr_at(ino, k)? {
             return Ok(image);
         }
-        let live = live();
+        let owed = self.times.owed(ino);
+        let live = live().map(|image| with_owed(owed, image));
         // I3
         match self.store.attr_at(ino, k)? {
             Some((_, image)) => Ok(image),

@@ -46,7 +46,7 @@ fn system_time(t: Timestamp) -> SystemTime {
 
 /// fuser 0.18 turns `sec` seconds before 1970 and `nsec` nanoseconds after that into `sec` + `nsec` before
 /// 1970; taking the parts apart again undoes it.
-fn timestamp(t: SystemTime) -> Timestamp {
+pub(super) fn timestamp(t: SystemTime) -> Timestamp {
     match t.duration_since(UNIX_EPOCH) {
         Ok(d) => Timestamp {
             sec: d.as_secs() as i64,

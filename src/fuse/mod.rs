@@ -30,9 +30,10 @@ use crate::engine::Engine;
 use crate::engine::handle::OpenFile;
 use crate::engine::inventory::Found;
 use crate::error::Result;
+use crate::store::Timestamp;
 use crate::sync::{Arc, AtomicU32, Ordering};
-use convert::errno;
-use fuser::{FileHandle, INodeNo, ReplyEmpty, Request};
+use convert::{errno, file_attr};
+use fuser::{FileHandle, INodeNo, ReplyAttr, ReplyEmpty, Request};
 use handover::SnapshotMounts;
 use intent::Resent;
 use pool::Pool;
@@ -142,6 +143,41 @@ impl Adapter {
             answer!(reply, done, () => reply.ok());
         };
         self.reader.crew.wait(&self.blocking, sync);
+    }
+
+    /// SETATTR by which the kernel tells what earlier writes made of the times of a file that it holds writes of back
+    /// (mtime, ctime): part of these writes, so that no cut holds it.
+    fn kernel_time(
+        &self,
+        gate: &Arc<Gate>,
+        file: Arc<OpenFile>,
+        (mtime, ctime): (Timestamp, Timestamp),
+        reply: ReplyAttr,
+    ) {
+        gate.advance();
+        let (engine, gate, ttl) = (self.engine.clone(), gate.clone(), self.unasked());
+        self.dispatch(move || {
+            let taken = requests::writable(&file).and_then(|live| {
+                let attr = engine.take_kernel_time(live, mtime, ctime)?;
+                gate.note_change(attr.node);
+                Ok(attr)
+            });
+            drop(file);
+            answer!(reply, taken, attr => reply.attr(&ttl, &file_attr(&attr, attr.shown)));
+        });
+    }
+
+    /// RELEASE: what an open file still owes is done first.
+    fn release_file(&self, fh: FileHandle, reply: ReplyEmpty) {
+        let reader = self.reader.clone();
+        match reader.file(fh) {
+            Ok(file) if self.engine.owes_time(&file) => self.dispatch(move || {
+                reader.engine.settle_time(&file);
+                drop(file);
+                reader.release(fh, reply);
+            }),
+            _ => reader.release(fh, reply),
+        }
     }
 }
 

@@ -1,11 +1,11 @@
 //! The requests of the live tree, as fuser hands them over: a few lines each.
 
-use super::convert::{decode_dev, errno, file_attr, set_time, unprivileged};
+use super::convert::{decode_dev, errno, file_attr, set_time, timestamp, unprivileged};
 use super::read::Reader;
 use super::reply::{answer, reply_absent, reply_xattr};
 use super::writeback::Kind;
 use super::{Adapter, FOREVER, HELPER_HANDLE, flush, manages, status};
-use crate::engine::attr::SetAttr;
+use crate::engine::attr::{SetAttr, SetTime};
 use crate::engine::creds::Unprivileged;
 use crate::engine::handle::{LiveFile, OpenFile};
 use crate::engine::names::Make;
@@ -23,7 +23,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 /// The open file for a change, or `EROFS` if it belongs to a snapshot.
-fn writable(file: &OpenFile) -> Result<&LiveFile> {
+pub(super) fn writable(file: &OpenFile) -> Result<&LiveFile> {
     match file {
         OpenFile::Live(live) => Ok(live),
         OpenFile::At(_) => Err(Error::ReadOnly),
@@ -99,7 +99,7 @@ impl Filesystem for Adapter {
         size: Option<u64>,
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
-        _ctime: Option<SystemTime>,
+        ctime: Option<SystemTime>,
         fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
@@ -127,6 +127,12 @@ impl Filesystem for Adapter {
             mtime: set.mtime,
             ..SetAttr::default()
         } == set;
+        if let (Some(gate), Some(file), true) = (&self.gate, &file, times_alone)
+            && let (OpenFile::Live(_), Some(SetTime::At(mtime))) = (&**file, set.mtime)
+        {
+            let ctime = ctime.map_or(mtime, timestamp);
+            return self.kernel_time(gate, file.clone(), (mtime, ctime), reply);
+        }
         let gate = self.gate.clone().filter(|_| times_alone);
         let change = move || {
             let done = node.and_then(|node| engine.setattr(&node, &set, file.as_deref(), caller));
@@ -143,8 +149,7 @@ impl Filesystem for Adapter {
                 None => self.dispatch(change),
             };
         };
-        if times_alone && (fh.is_some() || self.is_helper(req)) {
-            // With a handle it is the kernel that writes back what earlier writes made of the time: part of them.
+        if times_alone && self.is_helper(req) {
             gate.advance();
             return self.dispatch(change);
         }
@@ -415,7 +420,7 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let _turn = self.reader.crew.turn();
-        self.reader.release(fh, reply);
+        self.release_file(fh, reply);
     }
 
     fn fsync(

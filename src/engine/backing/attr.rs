@@ -2,10 +2,10 @@
 
 use super::{Backing, Call, image, statx};
 use crate::error::{Error, Result};
-use crate::store::AttrImage;
+use crate::store::{AttrImage, Timestamp};
 use crate::sys;
 use rustix::fd::BorrowedFd;
-use rustix::fs::{AtFlags, CWD, Mode, XattrFlags};
+use rustix::fs::{AtFlags, CWD, Mode, StatxFlags, Timespec, Timestamps, UTIME_OMIT, XattrFlags};
 use rustix::io::Errno;
 
 impl Backing {
@@ -13,6 +13,23 @@ impl Backing {
     pub fn stat(&self, fd: BorrowedFd<'_>) -> Result<AttrImage> {
         self.before(Call::Attributes)?;
         Ok(image(&statx(fd, c"")?))
+    }
+
+    /// The stat fields of an open file without its times, which are those of 1970. One who asks for the times gets the
+    /// next change of the file a time of its own (multigrain timestamps, Linux 6.13), for which fsync(2) waits for the
+    /// journal.
+    pub fn stat_but_times(&self, fd: BorrowedFd<'_>) -> Result<AttrImage> {
+        self.before(Call::Attributes)?;
+        let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
+        let times = StatxFlags::ATIME | StatxFlags::MTIME | StatxFlags::CTIME;
+        let wanted = StatxFlags::BASIC_STATS.difference(times);
+        let found = image(&rustix::fs::statx(fd, c"", flags, wanted)?);
+        Ok(AttrImage {
+            atime: Timestamp::default(),
+            mtime: Timestamp::default(),
+            ctime: Timestamp::default(),
+            ..found
+        })
     }
 
     /// The stat fields and all extended attributes of an object, as a pre-image holds them.
@@ -87,7 +104,7 @@ impl Backing {
     }
 
     /// utimensat(2) of an object.
-    pub fn utimens(&self, fd: BorrowedFd<'_>, times: &rustix::fs::Timestamps) -> Result<()> {
+    pub fn utimens(&self, fd: BorrowedFd<'_>, times: &Timestamps) -> Result<()> {
         self.before(Call::Change)?;
         match self.made(rustix::fs::utimensat(fd, c"", times, AtFlags::EMPTY_PATH)) {
             Err(Errno::INVAL) => {
@@ -96,6 +113,18 @@ impl Backing {
             }
             other => Ok(other?),
         }
+    }
+
+    /// Sets the time of last modification alone.
+    pub fn set_mtime(&self, fd: BorrowedFd<'_>, time: Timestamp) -> Result<()> {
+        let spec = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
+        self.utimens(
+            fd,
+            &Timestamps {
+                last_access: spec(0, UTIME_OMIT),
+                last_modification: spec(time.sec, i64::from(time.nsec)),
+            },
+        )
     }
 
     /// setxattr(2) of an object.

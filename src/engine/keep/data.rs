@@ -70,11 +70,7 @@ impl Op<'_> {
         };
         let size = match self.attr_kept(object, aim)? {
             Known::Yes(size) => size,
-            _ => {
-                let image = self.engine.backing.full_attr(fd)?;
-                self.append_attr(object, aim, &image)?;
-                image.size
-            }
+            _ => self.append_attr(object, aim, fd)?,
         };
         let file = Keeping {
             object,
