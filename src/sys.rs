@@ -129,7 +129,7 @@ pub fn has_unwritten_pages(fd: BorrowedFd<'_>) -> bool {
 /// # Errors
 /// Those of the call.
 pub fn begin_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
-    sync_file_range(fd, libc::SYNC_FILE_RANGE_WRITE)
+    sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE)
 }
 
 /// Waits for the pages of an open file that are being written back (sync_file_range(2)).
@@ -137,23 +137,30 @@ pub fn begin_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 /// # Errors
 /// Those of the call; `EIO` if a page could not be written.
 pub fn wait_for_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
-    sync_file_range(fd, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
+    sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
 }
 
-/// Writes back all dirty pages of an open file and waits for them, without the inode's lock (sync_file_range(2)).
+/// Writes back the dirty pages of `len` bytes of an open file (0: to its end) and waits for them, without the inode's lock
+/// (sync_file_range(2)).
 ///
 /// # Errors
 /// Those of the call; `EIO` if a page could not be written.
-pub fn write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+pub fn write_back(fd: BorrowedFd<'_>, from: u64, len: u64) -> Result<(), Errno> {
     let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
         | libc::SYNC_FILE_RANGE_WRITE
         | libc::SYNC_FILE_RANGE_WAIT_AFTER;
-    sync_file_range(fd, flags)
+    sync_file_range(fd, from, len, flags)
 }
 
-fn sync_file_range(fd: BorrowedFd<'_>, flags: libc::c_uint) -> Result<(), Errno> {
+fn sync_file_range(
+    fd: BorrowedFd<'_>,
+    from: u64,
+    len: u64,
+    flags: libc::c_uint,
+) -> Result<(), Errno> {
+    let (from, len) = (from as libc::off64_t, len as libc::off64_t);
     // SAFETY: takes integers only.
-    if unsafe { libc::sync_file_range(fd.as_raw_fd(), 0, 0, flags) } < 0 {
+    if unsafe { libc::sync_file_range(fd.as_raw_fd(), from, len, flags) } < 0 {
         return Err(last_errno());
     }
     Ok(())

@@ -10,16 +10,18 @@ mod drive;
 mod plain;
 
 use cowfs::config::{Durability, OnFull};
-use cowfs::engine::{Call, Engine, EngineOptions, Failure, Faults, check};
-use cowfs::store::SnapshotState;
+use cowfs::engine::attr::{SetAttr, SetTime};
+use cowfs::engine::{Call, Change, Engine, EngineOptions, Failure, Faults, check};
 use cowfs::store::check::Severity;
+use cowfs::store::{SnapshotState, Timestamp};
 use cowfs::sync::{Arc, Mutex};
-use drive::{Tree, change, options, read, root, seen, snapshot, state, tree, write};
+use drive::{Tree, change, find, options, read, root, seen, snapshot, state, tree, write};
 use plain::seeds;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -348,6 +350,75 @@ fn a_directory_that_cannot_be_synced_is_told_of() {
     saboteur.disarm();
     assert_eq!(state(&engine, "s"), Some(SnapshotState::Ready));
     assert_eq!(state(&engine, "t"), Some(SnapshotState::Suspect));
+}
+
+/// A snapshot is made durable by syncing what has changed, and by syncing everything only where that is not known.
+#[test]
+fn what_has_changed_is_synced_alone() {
+    for durability in [Durability::Strict, Durability::Ordered] {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["f", "g"] {
+            std::fs::write(dir.path().join(name), "old").unwrap();
+        }
+        std::os::unix::fs::symlink("f", dir.path().join("link")).unwrap();
+        let saboteur = Arc::new(Saboteur::default());
+        let synced = Arc::new(Mutex::new(Vec::new()));
+        let noted = synced.clone();
+        let engine = Engine::open(
+            dir.path(),
+            EngineOptions {
+                witness: Some(Arc::new(move |change| match change {
+                    Change::Synced(ino) => noted.lock().push(Some(ino.0)),
+                    Change::AllSynced => noted.lock().push(None),
+                    Change::Dooms(..) | Change::Made => {}
+                })),
+                ..with(&saboteur, durability, OnFull::Drop)
+            },
+        )
+        .unwrap();
+        let ino = |name: &str| Some(dir.path().join(name).symlink_metadata().unwrap().ino());
+        let (f, g, top) = (ino("f"), ino("g"), ino(""));
+        let settle = |name: &str| {
+            let made = engine.snapshot(name.as_bytes());
+            engine.settle_snapshots().unwrap();
+            (made, std::mem::take(&mut *synced.lock()))
+        };
+        let said = |name: &str| {
+            let (made, synced) = settle(name);
+            made.unwrap();
+            println!("{durability:?} {name}: {synced:?}");
+            synced
+        };
+        // Nobody knows what was changed before.
+        assert_eq!(said("s0"), [None]);
+        assert_eq!(said("s1"), []);
+        write(&engine, "f", 0, b"new").unwrap();
+        let alone = said("s2");
+        assert!(alone.contains(&f));
+        assert!(!alone.contains(&g) && !alone.contains(&None));
+        // The names of the directory, and what is retained for the snapshots, whose name there comes first.
+        engine.remove(&root(&engine), b"g", false).unwrap();
+        let removed = said("s3");
+        assert!(removed.contains(&g) && !removed.contains(&f) && !removed.contains(&None));
+        assert_eq!(removed.first(), Some(&ino(".cowfs/retained")));
+        assert_eq!(removed.last(), Some(&top));
+        // No fsync(2) reaches it.
+        let link = find(&engine, root(&engine), &["link"]).unwrap();
+        let long_ago = SetAttr {
+            mtime: Some(SetTime::At(Timestamp::default())),
+            ..SetAttr::default()
+        };
+        engine.setattr(&link, &long_ago, None, None).unwrap();
+        assert_eq!(said("s4"), [None]);
+        // What could not be synced is not forgotten.
+        write(&engine, "f", 0, b"one").unwrap();
+        saboteur.arm(plan(Call::Sync, &[Failure::Errno(Errno::IO)], true));
+        let (made, _) = settle("s5");
+        assert_eq!(made.is_ok(), durability == Durability::Ordered);
+        saboteur.disarm();
+        assert_eq!(said("s6"), [None]);
+        assert_eq!(state(&engine, "s6"), Some(SnapshotState::Ready));
+    }
 }
 
 /// A change that met a full disk which is not full any more, as space came back meanwhile, is tried again: no writer

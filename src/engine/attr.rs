@@ -7,6 +7,7 @@ use super::handle::{LiveFile, OpenFile};
 use super::keep::Range;
 use super::object::{Member, Node, NodeId, Object, ObjectRef};
 use super::times::with_owed;
+use super::unsettled::can_be_synced;
 use crate::error::{Error, Result};
 use crate::store::{AttrImage, Timestamp};
 use crate::sync::{Arc, Ordering};
@@ -222,6 +223,9 @@ impl Engine {
         // No space that snapshots hold would help: ENOSPC means that an inode has no room for more attributes.
         self.with_room(u64::MAX, || {
             let mut op = self.begin(&[object]);
+            if !can_be_synced(&object.entry) {
+                self.unsettled.note(op.epoch_of(object), &object.entry);
+            }
             op.keep_attr(object)?;
             apply(&mut op)
         })

@@ -13,6 +13,7 @@ use super::epoch::InFlight;
 use super::object::{Kept, Known, Object, ObjectGuard, Owed};
 use super::room::{SMALL, UnderCut};
 use super::times::with_owed;
+use super::unsettled::can_be_synced;
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino, Lsn};
@@ -69,12 +70,30 @@ impl Engine {
             self.upkeep.note_wait(start.elapsed());
         }
         let entered = planted.map_or(inflight.epoch(), |planted| planted.min(inflight.epoch()));
+        for object in objects {
+            let kept = locked
+                .iter_mut()
+                .flatten()
+                .find(|(ino, _)| *ino == object.ino());
+            if let Some((_, kept)) = kept {
+                self.note_unsettled(object, kept, entered);
+            }
+        }
         Op {
             engine: self,
             entered,
             _inflight: inflight,
             locked,
             removes: false,
+        }
+    }
+
+    /// Notes what an operation that entered `epoch` is about to change.
+    fn note_unsettled(&self, object: &Object, kept: &mut Kept, epoch: Epoch) {
+        let epoch = object.epoch(epoch);
+        if kept.changed < Some(epoch) && can_be_synced(&object.entry) {
+            kept.changed = Some(epoch);
+            self.unsettled.note(epoch, &object.entry);
         }
     }
 

@@ -20,6 +20,7 @@ pub mod room;
 pub mod session;
 pub mod snapshot;
 mod times;
+mod unsettled;
 pub mod upkeep;
 pub mod view;
 pub mod write;
@@ -43,6 +44,7 @@ use snapshot::{Barrier, CutReport};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use times::KernelTimes;
+use unsettled::Unsettled;
 use upkeep::Upkeep;
 use view::Snapshots;
 
@@ -115,6 +117,8 @@ pub struct Engine {
     orphans: Mutex<Vec<ObjectRef>>,
     /// Times that the kernel has told of and the backing directory does not have yet. A leaf in lock order.
     times: KernelTimes,
+    /// What has changed and may not be durable.
+    unsettled: Unsettled,
     /// What the last cut cost.
     last_cut: Mutex<Option<CutReport>>,
     /// Held while the store is looked over.
@@ -201,6 +205,7 @@ impl Engine {
             inventory,
             orphans: Mutex::default(),
             times: KernelTimes::default(),
+            unsettled: Unsettled::default(),
             backing,
             store,
             durability: options.durability,

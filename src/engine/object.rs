@@ -101,6 +101,8 @@ pub struct Kept {
     pub run: Run,
     /// How often a name in this directory may have changed since it came into memory.
     pub changes: u64,
+    /// The epoch of its latest change.
+    pub changed: Option<Epoch>,
 }
 
 /// A run of writes that each need the blocks kept that follow those of the one before.
@@ -160,6 +162,7 @@ impl Kept {
             },
             run: Run::NONE,
             changes: 0,
+            changed: None,
         }
     }
 

@@ -51,10 +51,10 @@ pub(super) fn begin(store: &Store) -> Result<()> {
 }
 
 impl Engine {
-    /// Under strict durability, makes durable what a snapshot shows that was just cut and is not recorded yet.
-    pub(super) fn settle_cut(&self) -> Result<()> {
+    /// Under strict durability, makes durable what the snapshot `cut` shows, which is not recorded yet.
+    pub(super) fn settle_cut(&self, cut: Epoch) -> Result<()> {
         match self.durability {
-            Durability::Strict => self.backing.sync_all(),
+            Durability::Strict => self.make_durable(cut),
             Durability::Ordered => Ok(()),
         }
     }
@@ -74,7 +74,7 @@ impl Engine {
         let Some(last) = last.filter(|last| *last > self.store.settled()) else {
             return Ok(());
         };
-        if let Err(error) = self.backing.sync_all() {
+        if let Err(error) = self.make_durable(last) {
             let _cut = self.cut.lock();
             let settled = self.store.settled();
             let suspect = self

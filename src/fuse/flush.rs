@@ -452,11 +452,11 @@ fn carry_out_at_once(
             .try_for_each(|file| sys::wait_for_write_back(file.as_fd())),
         Order::Clean => dirty
             .iter()
-            .try_for_each(|file| sys::write_back(file.as_fd())),
+            .try_for_each(|file| sys::write_back(file.as_fd(), 0, 0)),
         // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which waits for the
         // requests themselves, as sync_file_range does not on kernels before 6.16.
         _ => dirty.iter().try_for_each(|file| {
-            sys::write_back(file.as_fd())?;
+            sys::write_back(file.as_fd(), 0, 0)?;
             rustix::fs::fsync(file)
         }),
     }

@@ -303,6 +303,13 @@ impl Backing {
         Ok(())
     }
 
+    /// Makes durable which objects are among the retained.
+    pub fn sync_retained(&self) -> Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let retained = rustix::fs::openat(&self.retained, c".", flags, Mode::empty())?;
+        self.sync(retained.as_fd(), false)
+    }
+
     /// statvfs(3) of the backing filesystem.
     pub fn statvfs(&self) -> Result<rustix::fs::StatVfs> {
         Ok(rustix::fs::fstatvfs(&self.root)?)

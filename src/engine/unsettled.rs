@@ -1,0 +1,145 @@
+//! What has changed since it was last made durable, and making that durable file by file.
+//!
+//! syncfs(2) writes back all of the filesystem, what others have written too, and whoever changes a name meanwhile waits
+//! for the journal behind it: with a backup that copies onto the same disk that is a tenth of a second. Every change goes
+//! through the engine, so it knows which objects a snapshot needs synced, and a few of them are a few requests of their
+//! own. Where it does not know (before the first time, very many) it is syncfs(2).
+
+use super::Engine;
+use super::backing::Backing;
+use crate::error::{Error, Result};
+use crate::ids::Epoch;
+use crate::store::EntryImage;
+use crate::sync::Mutex;
+use crate::sys;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+
+/// Objects that are synced one by one.
+const MOST: usize = 4096;
+/// Bytes of a file that the disk is given at a time, so that others do not wait behind all of it.
+const PIECE: u64 = 4 << 20;
+
+/// The objects that changed, by the epoch of the change: those of an epoch are all there once its operations are done.
+/// A leaf in lock order.
+#[derive(Debug)]
+pub(super) struct Unsettled(Mutex<BTreeMap<Epoch, Changed>>);
+
+/// What changed in an epoch.
+#[derive(Debug)]
+enum Changed {
+    /// These objects.
+    Objects(Vec<EntryImage>),
+    /// Nobody knows what.
+    Anything,
+}
+
+impl Default for Unsettled {
+    /// What an earlier session left is not known.
+    fn default() -> Self {
+        Self(Mutex::new(BTreeMap::from([(Epoch(0), Changed::Anything)])))
+    }
+}
+
+impl Unsettled {
+    /// Notes an object that is about to change in `epoch`. Once for each is enough.
+    pub(super) fn note(&self, epoch: Epoch, object: &EntryImage) {
+        let mut all = self.0.lock();
+        let none = || Changed::Objects(Vec::new());
+        match all.entry(epoch).or_insert_with(none) {
+            Changed::Objects(objects) if can_be_synced(object) && objects.len() < MOST => {
+                objects.push(object.clone());
+            }
+            changed => *changed = Changed::Anything,
+        }
+    }
+
+    /// Takes what changed before the cut `cut`, of which the operations are done; `None` if that is not known.
+    fn take(&self, cut: Epoch) -> Option<Vec<EntryImage>> {
+        let mut all = self.0.lock();
+        let later = all.split_off(&cut);
+        let mut taken = Vec::new();
+        for changed in std::mem::replace(&mut *all, later).into_values() {
+            match changed {
+                Changed::Objects(objects) => taken.extend(objects),
+                Changed::Anything => return None,
+            }
+        }
+        taken.sort_unstable_by_key(|object| (object.kind == libc::DT_DIR, object.ino));
+        taken.dedup();
+        (taken.len() <= MOST).then_some(taken)
+    }
+
+    /// What was taken could not be made durable.
+    fn give_back(&self) {
+        self.0.lock().insert(Epoch(0), Changed::Anything);
+    }
+}
+
+/// Whether there is an fsync(2) for objects of this kind. The names of others are synced with their directory.
+pub(super) fn can_be_synced(object: &EntryImage) -> bool {
+    object.kind == libc::DT_REG || object.kind == libc::DT_DIR
+}
+
+impl Engine {
+    /// Makes durable all that the snapshot of `cut` shows: the journal first (C8).
+    pub(super) fn make_durable(&self, cut: Epoch) -> Result<()> {
+        self.store.sync()?;
+        let alone = match self.unsettled.take(cut) {
+            Some(objects) => self.sync_each(&objects),
+            None => Ok(false),
+        };
+        let done = match alone {
+            Ok(false) => self.backing.sync_all(),
+            other => other.map(drop),
+        };
+        if done.is_err() {
+            self.unsettled.give_back();
+        }
+        done
+    }
+
+    /// Syncs these objects. False if one of them cannot be reached, so that it takes syncfs(2).
+    fn sync_each(&self, objects: &[EntryImage]) -> Result<bool> {
+        if objects.is_empty() {
+            return Ok(true);
+        }
+        // What was retained has its name there before it loses the other, and must not lose both.
+        self.backing.sync_retained()?;
+        for object in objects {
+            match open(&self.backing, object) {
+                Ok(fd) => {
+                    if object.kind == libc::DT_REG {
+                        write_back(&fd)?;
+                    }
+                    self.backing.sync(fd.as_fd(), false)?;
+                }
+                // Gone, and not retained: nothing shows it.
+                Err(Error::Os(Errno::STALE)) if self.backing.overrides_modes() => {}
+                Err(error) => {
+                    log::debug!("object {} is not synced alone: {error}", object.ino);
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn open(backing: &Backing, object: &EntryImage) -> Result<OwnedFd> {
+    let directory = match object.kind {
+        libc::DT_DIR => OFlags::DIRECTORY,
+        _ => OFlags::empty(),
+    };
+    backing.open_object(object, OFlags::RDONLY | directory)
+}
+
+/// Writes a file's pages back, a piece at a time.
+fn write_back(fd: &OwnedFd) -> Result<(), Errno> {
+    let size = rustix::fs::fstat(fd)?.st_size as u64;
+    (0..size)
+        .step_by(PIECE as usize)
+        .try_for_each(|from| sys::write_back(fd.as_fd(), from, PIECE))
+}
