@@ -11,7 +11,7 @@ mod plain;
 
 use cowfs::config::{Durability, OnFull};
 use cowfs::engine::attr::{SetAttr, SetTime};
-use cowfs::engine::{Call, Change, Engine, EngineOptions, Failure, Faults, check};
+use cowfs::engine::{Call, Change, Engine, EngineOptions, Failure, Faults, Witness, check};
 use cowfs::store::check::Severity;
 use cowfs::store::{SnapshotState, Timestamp};
 use cowfs::sync::{Arc, Mutex};
@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Which calls fail from now on, and how.
 #[derive(Debug, Clone)]
@@ -352,6 +352,42 @@ fn a_directory_that_cannot_be_synced_is_told_of() {
     assert_eq!(state(&engine, "t"), Some(SnapshotState::Suspect));
 }
 
+/// Inode numbers of what was synced; `None`: everything was.
+type Synced = Arc<Mutex<Vec<Option<u64>>>>;
+
+fn noting(synced: &Synced) -> Witness {
+    let synced = synced.clone();
+    Arc::new(move |change| match change {
+        Change::Synced(ino) => synced.lock().push(Some(ino.0)),
+        Change::AllSynced => synced.lock().push(None),
+        Change::Dooms(..) | Change::Made => {}
+    })
+}
+
+/// What was there before the mount is synced before a snapshot needs it.
+#[test]
+fn what_earlier_sessions_left_is_synced_in_the_background() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("f"), "old").unwrap();
+    let synced = Synced::default();
+    let options = EngineOptions {
+        witness: Some(noting(&synced)),
+        upkeep: Some(Duration::from_millis(100)),
+        ..options()
+    };
+    let engine = Engine::open(dir.path(), options).unwrap();
+    let (start, limit) = (Instant::now(), Duration::from_secs(60));
+    while !synced.lock().contains(&None) {
+        assert!(start.elapsed() < limit, "not synced in {limit:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    engine.snapshot(b"s").unwrap();
+    engine.settle_snapshots().unwrap();
+    engine.close().unwrap();
+    let synced = synced.lock();
+    assert_eq!(synced.iter().filter(|ino| ino.is_none()).count(), 1);
+}
+
 /// A snapshot is made durable by syncing what has changed, and by syncing everything only where that is not known.
 #[test]
 fn what_has_changed_is_synced_alone() {
@@ -362,20 +398,12 @@ fn what_has_changed_is_synced_alone() {
         }
         std::os::unix::fs::symlink("f", dir.path().join("link")).unwrap();
         let saboteur = Arc::new(Saboteur::default());
-        let synced = Arc::new(Mutex::new(Vec::new()));
-        let noted = synced.clone();
-        let engine = Engine::open(
-            dir.path(),
-            EngineOptions {
-                witness: Some(Arc::new(move |change| match change {
-                    Change::Synced(ino) => noted.lock().push(Some(ino.0)),
-                    Change::AllSynced => noted.lock().push(None),
-                    Change::Dooms(..) | Change::Made => {}
-                })),
-                ..with(&saboteur, durability, OnFull::Drop)
-            },
-        )
-        .unwrap();
+        let synced = Synced::default();
+        let options = EngineOptions {
+            witness: Some(noting(&synced)),
+            ..with(&saboteur, durability, OnFull::Drop)
+        };
+        let engine = Engine::open(dir.path(), options).unwrap();
         let ino = |name: &str| Some(dir.path().join(name).symlink_metadata().unwrap().ino());
         let (f, g, top) = (ino("f"), ino("g"), ino(""));
         let settle = |name: &str| {

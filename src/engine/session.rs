@@ -10,7 +10,7 @@ use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
 use crate::store::{SnapshotState, Store};
-use crate::sync::{Arc, Mutex};
+use crate::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long nothing must have been appended before the session is made clean: while writers go on, the next
@@ -21,8 +21,10 @@ const QUIET: Duration = Duration::from_secs(2);
 const SETTLING: Duration = Duration::from_secs(5);
 
 /// What the background thread remembers between its rounds.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Watch {
+    /// When what earlier sessions left may be made durable.
+    earlier: Instant,
     /// The number of records appended, and when it was first seen.
     appended: Option<(u64, Instant)>,
     /// When snapshots were first seen that are not settled.
@@ -95,19 +97,17 @@ impl Engine {
         self.store.mark_settled(last)
     }
 
-    /// Settles snapshots that have waited for `settling`, and makes the session clean when nothing was appended
-    /// for as long as `quiet`.
-    pub(super) fn tend_session(
-        &self,
-        watch: &Mutex<Watch>,
-        quiet: Duration,
-        settling: Duration,
-    ) -> Result<()> {
+    /// Settles snapshots that have waited for long enough, and makes the session clean when nothing was appended for a
+    /// while.
+    fn tend_session(&self, watch: &mut Watch) -> Result<()> {
         let now = Instant::now();
-        let mut watch = watch.lock();
+        if now >= watch.earlier {
+            watch.earlier = now + SETTLING;
+            self.settle_earlier()?;
+        }
         let newest = self.snapshots.newest();
         if newest.is_some_and(|newest| newest > self.store.settled()) {
-            if now - *watch.unsettled.get_or_insert(now) >= settling {
+            if now - *watch.unsettled.get_or_insert(now) >= SETTLING {
                 watch.unsettled = None;
                 self.settle_snapshots()?;
             }
@@ -119,7 +119,7 @@ impl Engine {
             Some((seen, since)) if seen == appended => since,
             _ => watch.appended.insert((appended, now)).1,
         };
-        if self.store.is_dirty() && now - since >= quiet {
+        if self.store.is_dirty() && now - since >= QUIET {
             self.store.mark_clean()?;
         }
         Ok(())
@@ -129,12 +129,16 @@ impl Engine {
 /// Starts the thread that tends the session of `engine`.
 pub(super) fn start(engine: &Arc<Engine>) -> Result<()> {
     let own = engine.clone();
-    let watch = Mutex::new(Watch::default());
+    let mut watch = Watch {
+        earlier: Instant::now() + SETTLING,
+        appended: None,
+        unsettled: None,
+    };
     let thread = std::thread::Builder::new()
         .name("cowfs-session".into())
         .spawn(move || {
             while own.upkeep.pause(QUIET / 4) {
-                if let Err(error) = own.tend_session(&watch, QUIET, SETTLING) {
+                if let Err(error) = own.tend_session(&mut watch) {
                     log::error!("the session: {error}");
                 }
             }

@@ -72,6 +72,11 @@ impl Unsettled {
         (taken.len() <= MOST).then_some(taken)
     }
 
+    /// Takes what was changed before this session; false if that was done before.
+    fn take_earlier(&self) -> bool {
+        self.0.lock().remove(&Epoch(0)).is_some()
+    }
+
     /// What was taken could not be made durable.
     fn give_back(&self) {
         self.0.lock().insert(Epoch(0), Changed::Anything);
@@ -95,6 +100,18 @@ impl Engine {
             Ok(false) => self.backing.sync_all(),
             other => other.map(drop),
         };
+        if done.is_err() {
+            self.unsettled.give_back();
+        }
+        done
+    }
+
+    /// Makes durable what earlier sessions left, before a snapshot needs it: it is not known what that is.
+    pub(super) fn settle_earlier(&self) -> Result<()> {
+        if !self.unsettled.take_earlier() {
+            return Ok(());
+        }
+        let done = self.store.sync().and_then(|()| self.backing.sync_all());
         if done.is_err() {
             self.unsettled.give_back();
         }
