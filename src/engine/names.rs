@@ -313,6 +313,9 @@ impl Engine {
                 } else {
                     self.backing.remove(dir_fd.as_fd(), name, directory)?;
                 }
+                if last {
+                    self.unsettled.forget(child.ino());
+                }
             }
             self.backing
                 .forget_place(dir.ino(), name, child.ino(), !last);
@@ -507,9 +510,14 @@ impl Engine {
             op.settle()?;
             self.pin(target, last)?;
             if last && self.must_outlive(target) {
-                return self.replace_open(at, target);
+                self.replace_open(at, target)?;
+            } else {
+                self.move_name(at, RenameFlags::empty())?;
             }
-            return self.move_name(at, RenameFlags::empty());
+            if last {
+                self.unsettled.forget(target.ino());
+            }
+            return Ok(());
         }
         let done = op.settle().and_then(|()| match directory {
             true => self.replace_directory(at, target),

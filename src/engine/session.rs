@@ -23,7 +23,7 @@ const SETTLING: Duration = Duration::from_secs(5);
 /// What the background thread remembers between its rounds.
 #[derive(Debug)]
 pub(super) struct Watch {
-    /// When what earlier sessions left may be made durable.
+    /// When what earlier sessions left is made durable.
     earlier: Instant,
     /// The number of records appended, and when it was first seen.
     appended: Option<(u64, Instant)>,

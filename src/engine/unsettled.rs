@@ -8,78 +8,109 @@
 use super::Engine;
 use super::backing::Backing;
 use crate::error::{Error, Result};
-use crate::ids::Epoch;
+use crate::ids::{Epoch, Ino};
 use crate::store::EntryImage;
 use crate::sync::Mutex;
 use crate::sys;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Objects that are synced one by one.
 const MOST: usize = 4096;
 /// Bytes of a file that the disk is given at a time, so that others do not wait behind all of it.
 const PIECE: u64 = 4 << 20;
 
-/// The objects that changed, by the epoch of the change: those of an epoch are all there once its operations are done.
-/// A leaf in lock order.
+/// What has changed and may not be durable.
 #[derive(Debug)]
-pub(super) struct Unsettled(Mutex<BTreeMap<Epoch, Changed>>);
+pub(super) struct Unsettled {
+    /// Held while what was taken is synced: who finds nothing to take must not believe that all is durable. Comes after the
+    /// lock of cuts.
+    syncing: Mutex<()>,
+    /// A leaf in lock order.
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Something of which nothing is known: what earlier sessions left, or what could not be synced.
+    unknown: bool,
+    /// The objects that changed, by the epoch of the change: those of an epoch are all there once its operations are done.
+    epochs: BTreeMap<Epoch, Changed>,
+}
 
 /// What changed in an epoch.
 #[derive(Debug)]
 enum Changed {
     /// These objects.
-    Objects(Vec<EntryImage>),
+    Objects(HashMap<Ino, EntryImage>),
     /// Nobody knows what.
     Anything,
 }
 
 impl Default for Unsettled {
-    /// What an earlier session left is not known.
     fn default() -> Self {
-        Self(Mutex::new(BTreeMap::from([(Epoch(0), Changed::Anything)])))
+        Self {
+            syncing: Mutex::new(()),
+            state: Mutex::new(State {
+                unknown: true,
+                epochs: BTreeMap::new(),
+            }),
+        }
     }
 }
 
 impl Unsettled {
     /// Notes an object that is about to change in `epoch`. Once for each is enough.
     pub(super) fn note(&self, epoch: Epoch, object: &EntryImage) {
-        let mut all = self.0.lock();
-        let none = || Changed::Objects(Vec::new());
-        match all.entry(epoch).or_insert_with(none) {
+        let mut state = self.state.lock();
+        let none = || Changed::Objects(HashMap::new());
+        match state.epochs.entry(epoch).or_insert_with(none) {
             Changed::Objects(objects) if can_be_synced(object) && objects.len() < MOST => {
-                objects.push(object.clone());
+                objects.insert(object.ino, object.clone());
             }
             changed => *changed = Changed::Anything,
         }
     }
 
+    /// Forgets an object that is gone and that no snapshot shows: files that come and go are not counted.
+    pub(super) fn forget(&self, object: Ino) {
+        for changed in self.state.lock().epochs.values_mut() {
+            if let Changed::Objects(objects) = changed {
+                objects.remove(&object);
+            }
+        }
+    }
+
     /// Takes what changed before the cut `cut`, of which the operations are done; `None` if that is not known.
     fn take(&self, cut: Epoch) -> Option<Vec<EntryImage>> {
-        let mut all = self.0.lock();
-        let later = all.split_off(&cut);
-        let mut taken = Vec::new();
-        for changed in std::mem::replace(&mut *all, later).into_values() {
+        let mut state = self.state.lock();
+        let later = state.epochs.split_off(&cut);
+        let before = std::mem::replace(&mut state.epochs, later);
+        if std::mem::take(&mut state.unknown) {
+            return None;
+        }
+        let mut taken = HashMap::new();
+        for changed in before.into_values() {
             match changed {
                 Changed::Objects(objects) => taken.extend(objects),
                 Changed::Anything => return None,
             }
         }
+        let mut taken: Vec<EntryImage> = taken.into_values().collect();
         taken.sort_unstable_by_key(|object| (object.kind == libc::DT_DIR, object.ino));
-        taken.dedup();
         (taken.len() <= MOST).then_some(taken)
     }
 
-    /// Takes what was changed before this session; false if that was done before.
+    /// Takes what earlier sessions left; false if that was done before.
     fn take_earlier(&self) -> bool {
-        self.0.lock().remove(&Epoch(0)).is_some()
+        std::mem::take(&mut self.state.lock().unknown)
     }
 
     /// What was taken could not be made durable.
     fn give_back(&self) {
-        self.0.lock().insert(Epoch(0), Changed::Anything);
+        self.state.lock().unknown = true;
     }
 }
 
@@ -91,12 +122,13 @@ pub(super) fn can_be_synced(object: &EntryImage) -> bool {
 impl Engine {
     /// Makes durable all that the snapshot of `cut` shows: the journal first (C8).
     pub(super) fn make_durable(&self, cut: Epoch) -> Result<()> {
+        let _alone = self.unsettled.syncing.lock();
         self.store.sync()?;
-        let alone = match self.unsettled.take(cut) {
+        let each = match self.unsettled.take(cut) {
             Some(objects) => self.sync_each(&objects),
             None => Ok(false),
         };
-        let done = match alone {
+        let done = match each {
             Ok(false) => self.backing.sync_all(),
             other => other.map(drop),
         };
@@ -108,6 +140,7 @@ impl Engine {
 
     /// Makes durable what earlier sessions left, before a snapshot needs it: it is not known what that is.
     pub(super) fn settle_earlier(&self) -> Result<()> {
+        let _alone = self.unsettled.syncing.lock();
         if !self.unsettled.take_earlier() {
             return Ok(());
         }
