@@ -14,6 +14,10 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::collections::{HashMap, HashSet};
 
+fn is_closed(object: &ObjectRef) -> bool {
+    object.opens.load(Ordering::SeqCst) == 0
+}
+
 impl Engine {
     /// Whether the last link of an object must be kept, because another daemon may have to open it again.
     pub(super) fn must_outlive(&self, object: &Object) -> bool {
@@ -26,12 +30,16 @@ impl Engine {
         self.orphans.lock().push(object.clone());
     }
 
+    /// Whether there is something for [`Self::drop_orphans`] to do.
+    pub(super) fn has_closed_orphans(&self) -> bool {
+        self.orphans.lock().iter().any(is_closed)
+    }
+
     /// Removes the links of orphans that are not open any more.
     pub(super) fn drop_orphans(&self) {
         let done: Vec<ObjectRef> = {
             let mut orphans = self.orphans.lock();
-            let closed = |object: &mut ObjectRef| object.opens.load(Ordering::SeqCst) == 0;
-            orphans.extract_if(.., closed).collect()
+            orphans.extract_if(.., |object| is_closed(object)).collect()
         };
         for object in done {
             // The kernel may not have forgotten it, and one that an earlier daemon removed has no pin (C2).

@@ -370,7 +370,7 @@ impl Engine {
     }
 
     /// Whether the space of a snapshot that was given up is still on its way back.
-    fn reclaims(&self) -> bool {
+    pub(super) fn reclaims(&self) -> bool {
         let deleting = |s: &crate::store::SnapshotInfo| s.state == SnapshotState::Deleting;
         !self.snapshots.dead_are_unread()
             || self.store.snapshots().iter().any(deleting)

@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 /// the journal that a recovery has to replay.
 const CHECKPOINT_BYTES: usize = 8 << 20;
 
+/// How often a round is made when nothing has happened that the engine knows of: others may take the space of the disk.
+const IDLE: Duration = Duration::from_secs(1);
+
 /// When so many nodes have been forgotten, their memory is given back.
 const MANY_FORGOTTEN: u64 = 50_000;
 
@@ -107,15 +110,18 @@ impl Upkeep {
         !signal.stop
     }
 
-    /// Waits for a kick or the interval; false when it is time to stop.
-    fn wait(&self, interval: Duration) -> bool {
+    /// Waits for a kick or the interval: whether it was a kick, or `None` when it is time to stop.
+    fn wait(&self, interval: Duration) -> Option<bool> {
         let mut signal = self.signal.0.lock();
         if !signal.stop && !signal.kicked {
             self.signal.1.wait_for(&mut signal, interval);
         }
-        signal.kicked = false;
-        signal.begun += 1;
-        !signal.stop
+        let kicked = std::mem::take(&mut signal.kicked);
+        (!signal.stop).then_some(kicked)
+    }
+
+    fn begin_round(&self) {
+        self.signal.0.lock().begun += 1;
     }
 
     fn stopping(&self) -> bool {
@@ -131,7 +137,14 @@ pub(super) fn start(engine: &Arc<Engine>, interval: Duration) -> Result<()> {
         .name("cowfs-upkeep".into())
         .spawn(move || {
             let mut failed = String::new();
-            while own.upkeep.wait(interval) {
+            // When the last round began, and what had been appended then.
+            let mut last = None;
+            while let Some(kicked) = own.upkeep.wait(interval) {
+                if !kicked && !own.is_round_due(last) {
+                    continue;
+                }
+                own.upkeep.begin_round();
+                last = Some((Instant::now(), own.store.appended()));
                 // The same failure at every round is told once.
                 let now = own
                     .upkeep()
@@ -149,6 +162,16 @@ pub(super) fn start(engine: &Arc<Engine>, interval: Duration) -> Result<()> {
 }
 
 impl Engine {
+    /// Whether anything has happened since the `last` round, or that was long ago.
+    fn is_round_due(&self, last: Option<(Instant, u64)>) -> bool {
+        last.is_none_or(|(began, appended)| {
+            appended != self.store.appended()
+                || began.elapsed() >= IDLE
+                || self.reclaims()
+                || self.has_closed_orphans()
+        })
+    }
+
     /// One round of upkeep. Stops early when the engine is closing.
     pub fn upkeep(&self) -> Result<()> {
         self.store.keep_reserve();
