@@ -10,20 +10,18 @@ mod drive;
 mod plain;
 
 use cowfs::config::{Durability, OnFull};
-use cowfs::engine::attr::{SetAttr, SetTime};
-use cowfs::engine::{Call, Change, Engine, EngineOptions, Failure, Faults, Witness, check};
+use cowfs::engine::{Call, Engine, EngineOptions, Failure, Faults, check};
+use cowfs::store::SnapshotState;
 use cowfs::store::check::Severity;
-use cowfs::store::{SnapshotState, Timestamp};
 use cowfs::sync::{Arc, Mutex};
-use drive::{Tree, change, find, options, read, root, seen, snapshot, state, tree, write};
+use drive::{Tree, change, options, read, root, seen, snapshot, state, tree, write};
 use plain::seeds;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Which calls fail from now on, and how.
 #[derive(Debug, Clone)]
@@ -350,108 +348,6 @@ fn a_directory_that_cannot_be_synced_is_told_of() {
     saboteur.disarm();
     assert_eq!(state(&engine, "s"), Some(SnapshotState::Ready));
     assert_eq!(state(&engine, "t"), Some(SnapshotState::Suspect));
-}
-
-/// Inode numbers of what was synced; `None`: everything was.
-type Synced = Arc<Mutex<Vec<Option<u64>>>>;
-
-fn noting(synced: &Synced) -> Witness {
-    let synced = synced.clone();
-    Arc::new(move |change| match change {
-        Change::Synced(ino) => synced.lock().push(Some(ino.0)),
-        Change::AllSynced => synced.lock().push(None),
-        Change::Dooms(..) | Change::Made => {}
-    })
-}
-
-/// What was there before the mount is synced before a snapshot needs it.
-#[test]
-fn what_earlier_sessions_left_is_synced_in_the_background() {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("f"), "old").unwrap();
-    let synced = Synced::default();
-    let options = EngineOptions {
-        witness: Some(noting(&synced)),
-        upkeep: Some(Duration::from_millis(100)),
-        ..options()
-    };
-    let engine = Engine::open(dir.path(), options).unwrap();
-    write(&engine, "f", 0, b"one").unwrap();
-    let (start, limit) = (Instant::now(), Duration::from_secs(60));
-    while !synced.lock().contains(&None) {
-        assert!(start.elapsed() < limit, "not synced in {limit:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    synced.lock().clear();
-    // It has changed in this epoch before and after that.
-    write(&engine, "f", 0, b"two").unwrap();
-    engine.snapshot(b"s").unwrap();
-    engine.settle_snapshots().unwrap();
-    let f = dir.path().join("f").metadata().unwrap().ino();
-    assert!(synced.lock().contains(&Some(f)));
-    engine.close().unwrap();
-    assert!(!synced.lock().contains(&None));
-}
-
-/// A snapshot is made durable by syncing what has changed, and by syncing everything only where that is not known.
-#[test]
-fn what_has_changed_is_synced_alone() {
-    for durability in [Durability::Strict, Durability::Ordered] {
-        let dir = tempfile::tempdir().unwrap();
-        for name in ["f", "g"] {
-            std::fs::write(dir.path().join(name), "old").unwrap();
-        }
-        std::os::unix::fs::symlink("f", dir.path().join("link")).unwrap();
-        let saboteur = Arc::new(Saboteur::default());
-        let synced = Synced::default();
-        let options = EngineOptions {
-            witness: Some(noting(&synced)),
-            ..with(&saboteur, durability, OnFull::Drop)
-        };
-        let engine = Engine::open(dir.path(), options).unwrap();
-        let ino = |name: &str| Some(dir.path().join(name).symlink_metadata().unwrap().ino());
-        let (f, g, top) = (ino("f"), ino("g"), ino(""));
-        let settle = |name: &str| {
-            let made = engine.snapshot(name.as_bytes());
-            engine.settle_snapshots().unwrap();
-            (made, std::mem::take(&mut *synced.lock()))
-        };
-        let said = |name: &str| {
-            let (made, synced) = settle(name);
-            made.unwrap();
-            println!("{durability:?} {name}: {synced:?}");
-            synced
-        };
-        // Nobody knows what was changed before.
-        assert_eq!(said("s0"), [None]);
-        assert_eq!(said("s1"), []);
-        write(&engine, "f", 0, b"new").unwrap();
-        let alone = said("s2");
-        assert!(alone.contains(&f));
-        assert!(!alone.contains(&g) && !alone.contains(&None));
-        // The names of the directory, and what is retained for the snapshots, whose name there comes first.
-        engine.remove(&root(&engine), b"g", false).unwrap();
-        let removed = said("s3");
-        assert!(removed.contains(&g) && !removed.contains(&f) && !removed.contains(&None));
-        assert_eq!(removed.first(), Some(&ino(".cowfs/retained")));
-        assert_eq!(removed.last(), Some(&top));
-        // No fsync(2) reaches it.
-        let link = find(&engine, root(&engine), &["link"]).unwrap();
-        let long_ago = SetAttr {
-            mtime: Some(SetTime::At(Timestamp::default())),
-            ..SetAttr::default()
-        };
-        engine.setattr(&link, &long_ago, None, None).unwrap();
-        assert_eq!(said("s4"), [None]);
-        // What could not be synced is not forgotten.
-        write(&engine, "f", 0, b"one").unwrap();
-        saboteur.arm(plan(Call::Sync, &[Failure::Errno(Errno::IO)], true));
-        let (made, _) = settle("s5");
-        assert_eq!(made.is_ok(), durability == Durability::Ordered);
-        saboteur.disarm();
-        assert_eq!(said("s6"), [None]);
-        assert_eq!(state(&engine, "s6"), Some(SnapshotState::Ready));
-    }
 }
 
 /// A change that met a full disk which is not full any more, as space came back meanwhile, is tried again: no writer

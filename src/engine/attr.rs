@@ -118,8 +118,9 @@ impl Engine {
     }
 
     fn live_attr(&self, object: &Object, fd: BorrowedFd<'_>) -> Result<Attr> {
+        let owed = self.times.owed(object.ino());
         let image = self.backing.stat(fd)?;
-        Ok(self.attr_of_live(object, image))
+        Ok(self.attr_of_live(object, with_owed(owed, image)))
     }
 
     /// The attributes of a live object whose stat fields are known.
@@ -186,8 +187,9 @@ impl Engine {
                 self.for_caller(object, fd, caller, || self.backing.truncate(fd, size))?;
             }
             apply(&self.backing, fd.as_fd(), set)?;
-            if set.mtime.is_some() {
-                self.times.forget(object.ino());
+            if set.mtime.is_some() && self.times.knows(object.ino()) {
+                let time = self.backing.stat(fd.as_fd())?.mtime;
+                self.times.set(object.ino(), time);
             }
             Ok(())
         })?;

@@ -195,18 +195,6 @@ impl Handles {
             .ok_or(Error::Os(Errno::BADF))
     }
 
-    /// All open files.
-    pub(super) fn files(&self) -> Vec<Arc<OpenFile>> {
-        let all = |shard: &RwLock<HashMap<HandleId, Open<OpenFile>>>| -> Vec<_> {
-            shard
-                .read()
-                .values()
-                .map(|open| open.what.clone())
-                .collect()
-        };
-        self.files.iter().flat_map(all).collect()
-    }
-
     /// Forgets an open file; it closes when the last request on it is done.
     pub fn close_file(&self, id: HandleId) {
         // The value outlives the lock: closing may block.

@@ -228,6 +228,7 @@ impl Engine {
             found.ok_or(Error::Os(Errno::NOENT))
         };
         let mut found = find()?;
+        self.unsettled.note(op.epoch_of(dir), &found.entry);
         if caller.wants_group(found.attr.gid) && self.backing.give_group(fd, name, caller.gid)? {
             found = find()?;
         }

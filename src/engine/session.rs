@@ -113,6 +113,7 @@ impl Engine {
             }
         } else {
             watch.unsettled = None;
+            self.merge_unsettled();
         }
         let appended = self.store.appended();
         let since = match watch.appended {
@@ -123,6 +124,17 @@ impl Engine {
             self.store.mark_clean()?;
         }
         Ok(())
+    }
+}
+
+impl Engine {
+    /// Snapshots that are deleted before they are settled leave nothing behind.
+    fn merge_unsettled(&self) {
+        if let Some(_no_cut) = self.cut.try_lock()
+            && self.snapshots.newest() <= Some(self.store.settled())
+        {
+            self.unsettled.merge(self.epochs.current());
+        }
     }
 }
 

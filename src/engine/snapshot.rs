@@ -265,7 +265,7 @@ impl Engine {
         let start = Instant::now();
         self.epochs.wait_drained(old);
         let quiesce = start.elapsed();
-        let settled = self.settle_cut(next);
+        let settled = self.keep_owed_times().and_then(|()| self.settle_cut(next));
         let info = SnapshotInfo {
             epoch: next,
             name: name.to_vec(),

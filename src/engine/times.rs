@@ -3,17 +3,19 @@
 //! The kernel notes when a file was written to, and tells of it with each fsync(2). Set on the backing file each time, it
 //! makes every fsync(2) beneath wait for the journal of that filesystem, where an overwrite alone needs none. So for a file
 //! that is synced all the time it is set once in a while, and when the file is closed. Until then it is noted here, and
-//! shown wherever the file's attributes are. What a daemon that dies leaves on the backing file is the time at which it
-//! wrote the same bytes.
+//! shown wherever the file's attributes are; a cut keeps it. What a daemon that dies leaves on the backing file is the time
+//! at which it wrote the same bytes.
 
 use super::Engine;
 use super::attr::Attr;
 use super::handle::{LiveFile, OpenFile};
+use super::object::{Node, Object};
 use super::snapshot::now;
 use crate::error::Result;
 use crate::ids::Ino;
 use crate::store::{AttrImage, Timestamp};
 use crate::sync::{AtomicUsize, Ordering, RwLock};
+use rustix::fd::AsFd;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -21,7 +23,8 @@ use std::time::{Duration, Instant};
 /// than what is shown.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// What the kernel has told, by object. Written to under the lock of the object.
+/// The times of files that are open for writing through a mount whose kernel keeps them. Told of under the lock of the
+/// object; a leaf in lock order.
 #[derive(Default)]
 pub(super) struct KernelTimes {
     objects: RwLock<HashMap<Ino, Told>>,
@@ -30,66 +33,108 @@ pub(super) struct KernelTimes {
 }
 
 struct Told {
-    /// When the time was last set on the backing file.
-    set: Instant,
-    /// What the backing file does not have yet.
-    owed: Option<Timestamp>,
+    /// What the kernel told last, or was told: it shows that, unless it has something to tell.
+    time: Timestamp,
+    /// When that was last set on the backing file.
+    set: Option<Instant>,
+    /// The backing file has another time.
+    owed: bool,
+    /// How often the file is open for writing.
+    opens: u32,
 }
 
 impl KernelTimes {
-    /// The time of last modification of an object whose backing file does not have it yet. To be asked before that file is.
-    pub(super) fn owed(&self, ino: Ino) -> Option<Timestamp> {
-        match self.count.load(Ordering::SeqCst) {
-            0 => None,
-            _ => self.objects.read().get(&ino)?.owed,
-        }
+    fn is_empty(&self) -> bool {
+        self.count.load(Ordering::SeqCst) == 0
     }
 
-    /// Notes `time` in place of setting it, if it was set on the backing file not long ago.
+    /// The time of last modification of an object whose backing file has another. To be asked before that file is.
+    pub(super) fn owed(&self, ino: Ino) -> Option<Timestamp> {
+        if self.is_empty() {
+            return None;
+        }
+        let objects = self.objects.read();
+        objects
+            .get(&ino)
+            .filter(|told| told.owed)
+            .map(|told| told.time)
+    }
+
+    /// The objects whose backing files have other times.
+    fn owing(&self) -> Vec<Ino> {
+        let objects = self.objects.read();
+        let owing = objects.iter().filter(|(_, told)| told.owed);
+        owing.map(|(ino, _)| *ino).collect()
+    }
+
+    /// Whether a file is open for writing whose time the kernel keeps.
+    pub(super) fn knows(&self, ino: Ino) -> bool {
+        !self.is_empty() && self.objects.read().contains_key(&ino)
+    }
+
+    /// A file was opened for writing, which now has this time.
+    fn opened(&self, ino: Ino, time: Timestamp) {
+        self.change(|objects| {
+            let told = objects.entry(ino).or_insert(Told {
+                time,
+                set: None,
+                owed: false,
+                opens: 0,
+            });
+            told.opens += 1;
+        });
+    }
+
+    /// Whether a file that was opened for writing is about to be closed for the last time.
+    fn is_last(&self, ino: Ino) -> bool {
+        let objects = self.objects.read();
+        objects.get(&ino).is_some_and(|told| told.opens <= 1)
+    }
+
+    fn closed(&self, ino: Ino) {
+        self.change(|objects| {
+            if let Some(told) = objects.get_mut(&ino) {
+                told.opens -= 1;
+                if told.opens == 0 {
+                    objects.remove(&ino);
+                }
+            }
+        });
+    }
+
+    /// Notes `time` in place of setting it, if the time was set on the backing file not long ago.
     fn owe(&self, ino: Ino, time: Timestamp) -> bool {
-        let mut objects = self.objects.write();
-        match objects.get_mut(&ino) {
-            Some(told) if told.set.elapsed() < INTERVAL && is_recent(time) => {
-                told.owed = Some(time);
+        let lately = |set: Instant| set.elapsed() < INTERVAL;
+        match self.objects.write().get_mut(&ino) {
+            Some(told) if told.set.is_some_and(lately) && is_recent(time) => {
+                (told.time, told.owed) = (time, true);
                 true
             }
             _ => false,
         }
     }
 
-    /// The kernel's time has been set on the backing file.
-    fn set(&self, ino: Ino) {
-        let told = Told {
-            set: Instant::now(),
-            owed: None,
-        };
-        self.change(|objects| objects.insert(ino, told));
-    }
-
-    /// Nothing is owed to an object any more: its time was set by somebody, or it has none of those who write.
-    pub(super) fn forget(&self, ino: Ino) {
-        if self.count.load(Ordering::SeqCst) > 0 {
-            self.change(|objects| objects.remove(&ino));
+    /// The time has been set on the backing file.
+    pub(super) fn set(&self, ino: Ino, time: Timestamp) {
+        if let Some(told) = self.objects.write().get_mut(&ino) {
+            (told.time, told.set, told.owed) = (time, Some(Instant::now()), false);
         }
     }
 
-    /// Forgets an object to which nothing is owed. False if something is.
-    fn forget_if_set(&self, ino: Ino) -> bool {
-        let owes = |told: &Told| told.owed.is_some();
-        self.change(|objects| match objects.get(&ino).is_some_and(owes) {
-            true => false,
-            false => {
-                objects.remove(&ino);
-                true
-            }
-        })
+    /// The bytes of the backing file have changed, and with them its time. The kernel will tell what it is, unless it is
+    /// what it told before: two writes may fall into one tick of its clock.
+    pub(super) fn note_write(&self, ino: Ino) {
+        if !self.is_empty()
+            && let Some(told) = self.objects.write().get_mut(&ino)
+        {
+            told.owed = true;
+        }
     }
 
-    fn change<T>(&self, change: impl FnOnce(&mut HashMap<Ino, Told>) -> T) -> T {
+    fn change(&self, change: impl FnOnce(&mut HashMap<Ino, Told>)) {
         let mut objects = self.objects.write();
-        let changed = change(&mut objects);
+        change(&mut objects);
         self.count.store(objects.len(), Ordering::SeqCst);
-        changed
     }
 }
 
@@ -121,7 +166,7 @@ impl Engine {
             }
             op.settle()?;
             self.backing.set_mtime(file.fd(), time)?; // I1
-            self.times.set(object.ino());
+            self.times.set(object.ino(), time);
             Ok(())
         })?;
         // Who asks a file for its times makes its next change one for the journal (multigrain timestamps, Linux 6.13).
@@ -133,43 +178,75 @@ impl Engine {
         Ok(self.attr_of_live(object, image))
     }
 
-    /// Whether something is left to do for a file that is about to be closed ([`Self::settle_time`]).
-    pub fn owes_time(&self, file: &OpenFile) -> bool {
-        matches!(file, OpenFile::Live(live) if live.writable)
-            && self.times.count.load(Ordering::SeqCst) > 0
+    /// Keeps the attributes of all objects that owe a time, for a snapshot that is being made: what is owed is in memory
+    /// alone, and goes with the daemon. The operations that are in the snapshot are done, and pre-images are kept for it.
+    pub(super) fn keep_owed_times(&self) -> Result<()> {
+        for ino in self.times.owing() {
+            if let Some(Node::Live(object)) = self.nodes.get(self.nodes.live_id(ino)) {
+                self.begin(&[&object]).keep_attr(&object)?;
+            }
+        }
+        Ok(())
     }
 
-    /// Sets on a backing file, which was open for writing, the time that is owed to it.
+    /// A file was opened through a mount whose kernel keeps the times of what is written to; `told`: the time that the
+    /// kernel is told with that. To be called before it is told that the file is open.
+    pub fn leave_time(&self, file: &LiveFile, told: Option<Timestamp>) -> Result<()> {
+        if file.writable {
+            let ino = file.object.ino();
+            let time = match told.or_else(|| self.times.owed(ino)) {
+                Some(time) => time,
+                None => self.backing.stat(file.fd())?.mtime,
+            };
+            self.times.opened(ino, time);
+        }
+        Ok(())
+    }
+
+    /// Whether there is something to do when a file is closed ([`Self::settle_time`]).
+    pub fn keeps_time(&self, file: &OpenFile) -> bool {
+        matches!(file, OpenFile::Live(live) if live.writable && self.times.knows(live.object.ino()))
+    }
+
+    /// Sets on a backing file that is about to be closed the time that is owed to it. The kernel has told all by then, if
+    /// nobody else has the file open for writing.
     pub fn settle_time(&self, file: &OpenFile) {
-        let OpenFile::Live(live) = file else {
-            return;
-        };
-        let object = &live.object;
-        if self.times.forget_if_set(object.ino()) {
+        if let OpenFile::Live(live) = file {
+            let object = &live.object;
+            if self.times.is_last(object.ino()) {
+                self.settle_time_of(object);
+            }
+            self.times.closed(object.ino());
+        }
+    }
+
+    fn settle_time_of(&self, object: &Object) {
+        if self.times.owed(object.ino()).is_none() {
             return;
         }
-        let done = self.change_attr(object, |op| {
-            op.settle()?;
-            if let Some(time) = self.times.owed(object.ino()) {
-                self.backing.set_mtime(live.fd(), time)?; // I1
-            }
-            self.times.forget(object.ino());
-            Ok(())
+        let done = self.object_fd(object).and_then(|fd| {
+            self.change_attr(object, |op| {
+                op.settle()?;
+                if let Some(time) = self.times.owed(object.ino()) {
+                    self.backing.set_mtime(fd.as_fd(), time)?; // I1
+                    self.times.set(object.ino(), time);
+                }
+                Ok(())
+            })
         });
         if let Err(error) = done {
-            self.times.forget(object.ino());
             log::warn!(
-                "the time of last modification of object {} is later than it was by up to a second: {error}",
+                "the time of last modification of object {} is later than it was: {error}",
                 object.ino()
             );
         }
     }
 
-    /// The same for all files that are still open.
+    /// The same for all, before the engine ends.
     pub(super) fn settle_times(&self) {
-        for file in self.handles.files() {
-            if self.owes_time(&file) {
-                self.settle_time(&file);
+        for ino in self.times.owing() {
+            if let Some(Node::Live(object)) = self.nodes.get(self.nodes.live_id(ino)) {
+                self.settle_time_of(&object);
             }
         }
     }

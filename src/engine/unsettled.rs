@@ -16,9 +16,12 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
 
 /// Objects that are synced one by one.
 const MOST: usize = 4096;
+/// For how long: each may be a flush of the disk's cache.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Bytes of a file that the disk is given at a time, so that others do not wait behind all of it.
 const PIECE: u64 = 4 << 20;
 
@@ -103,6 +106,28 @@ impl Unsettled {
         (taken.len() <= MOST).then_some(taken)
     }
 
+    /// Counts what has changed so far as of `epoch`, the current one. To be called when no cut is under way, and no
+    /// snapshot is there that has not been settled.
+    pub(super) fn merge(&self, epoch: Epoch) {
+        let mut state = self.state.lock();
+        if state.epochs.len() < 2 {
+            return;
+        }
+        let mut merged = HashMap::new();
+        let mut known = true;
+        for changed in std::mem::take(&mut state.epochs).into_values() {
+            match changed {
+                Changed::Objects(objects) => merged.extend(objects),
+                Changed::Anything => known = false,
+            }
+        }
+        let merged = match known && merged.len() <= MOST {
+            true => Changed::Objects(merged),
+            false => Changed::Anything,
+        };
+        state.epochs.insert(epoch, merged);
+    }
+
     /// Takes what earlier sessions left; false if that was done before.
     fn take_earlier(&self) -> bool {
         std::mem::take(&mut self.state.lock().unknown)
@@ -132,10 +157,15 @@ impl Engine {
             Ok(false) => self.backing.sync_all(),
             other => other.map(drop),
         };
+        // What a sync of somebody else has been told of is not told again.
+        let lost = self.backing.take_lost();
         if done.is_err() {
             self.unsettled.give_back();
         }
-        done
+        done.and(match lost {
+            true => Err(Errno::IO.into()),
+            false => Ok(()),
+        })
     }
 
     /// Makes durable what earlier sessions left, before a snapshot needs it: it is not known what that is.
@@ -151,18 +181,22 @@ impl Engine {
         done
     }
 
-    /// Syncs these objects. False if one of them cannot be reached, so that it takes syncfs(2).
+    /// Syncs these objects. False if one of them cannot be reached, or if that takes long, so that it takes syncfs(2).
     fn sync_each(&self, objects: &[EntryImage]) -> Result<bool> {
         if objects.is_empty() {
             return Ok(true);
         }
         // What was retained has its name there before it loses the other, and must not lose both.
         self.backing.sync_retained()?;
+        let start = Instant::now();
         for object in objects {
+            if start.elapsed() > PATIENCE {
+                return Ok(false);
+            }
             match open(&self.backing, object) {
                 Ok(fd) => {
                     if object.kind == libc::DT_REG {
-                        write_back(&fd)?;
+                        write_back(&self.backing, &fd)?;
                     }
                     self.backing.sync(fd.as_fd(), false)?;
                 }
@@ -186,10 +220,12 @@ fn open(backing: &Backing, object: &EntryImage) -> Result<OwnedFd> {
     backing.open_object(object, OFlags::RDONLY | directory)
 }
 
-/// Writes a file's pages back, a piece at a time.
-fn write_back(fd: &OwnedFd) -> Result<(), Errno> {
-    let size = rustix::fs::fstat(fd)?.st_size as u64;
-    (0..size)
-        .step_by(PIECE as usize)
-        .try_for_each(|from| sys::write_back(fd.as_fd(), from, PIECE))
+/// Writes a file's pages back, a piece at a time and only where there is data.
+fn write_back(backing: &Backing, fd: &OwnedFd) -> Result<()> {
+    let mut at = 0;
+    while let Some(data) = backing.seek(fd.as_fd(), at, false)? {
+        at = data.saturating_add(PIECE);
+        sys::write_back(fd.as_fd(), data, PIECE.min(sys::BOUNDLESS - data))?;
+    }
+    Ok(())
 }

@@ -156,9 +156,21 @@ impl Engine {
         caller: Option<Unprivileged>,
         apply: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        let Some(caller) = caller else {
-            return apply();
+        let done = match caller {
+            None => apply()?,
+            Some(caller) => self.without_fsetid(object, fd, caller, apply)?,
         };
+        self.times.note_write(object.ino());
+        Ok(done)
+    }
+
+    fn without_fsetid<T>(
+        &self,
+        object: &Object,
+        fd: BorrowedFd<'_>,
+        caller: Unprivileged,
+        apply: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let before = self.backing.stat(fd)?;
         let done = {
             let _killing = KillPriv::of(caller, before.mode, before.gid);

@@ -292,6 +292,9 @@ impl Adapter {
                     None => {
                         let (attr, file) =
                             reader.engine.create(&parent, &name, mode, flags, caller)?;
+                        if gate.is_some() {
+                            reader.engine.leave_time(&file, Some(attr.image.mtime))?;
+                        }
                         Ok((attr, reader.handles.add_file(OpenFile::Live(file), unique)))
                     }
                 });

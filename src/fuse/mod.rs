@@ -171,7 +171,7 @@ impl Adapter {
     fn release_file(&self, fh: FileHandle, reply: ReplyEmpty) {
         let reader = self.reader.clone();
         match reader.file(fh) {
-            Ok(file) if self.engine.owes_time(&file) => self.dispatch(move || {
+            Ok(file) if self.engine.keeps_time(&file) => self.dispatch(move || {
                 reader.engine.settle_time(&file);
                 drop(file);
                 reader.release(fh, reply);

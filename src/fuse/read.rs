@@ -193,8 +193,18 @@ impl Reader {
     }
 
     /// Opens a file for the request `unique`; returns the number of the handle.
-    pub(super) fn open(&self, ino: INodeNo, flags: OpenFlags, unique: u64) -> Result<HandleId> {
+    /// Opens a file for the request `unique`; `held`: the kernel holds writes back and keeps the times of what they change.
+    pub(super) fn open(
+        &self,
+        ino: INodeNo,
+        flags: OpenFlags,
+        unique: u64,
+        held: bool,
+    ) -> Result<HandleId> {
         let file = self.engine.open_file(&self.node(ino)?, flags.0)?;
+        if let (OpenFile::Live(live), true) = (&file, held) {
+            self.engine.leave_time(live, None)?;
+        }
         Ok(self.handles.add_file(file, unique))
     }
 

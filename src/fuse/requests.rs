@@ -296,7 +296,7 @@ impl Filesystem for Adapter {
         let open = move || {
             let opened = match earlier {
                 Some(id) => Ok(id),
-                None => reader.open(ino, flags, unique),
+                None => reader.open(ino, flags, unique, gate.is_some()),
             };
             let answer = move |_| {
                 answer!(reply, opened, id => {

@@ -79,7 +79,7 @@ impl Filesystem for SnapshotAdapter {
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let _turn = self.reader.crew.turn();
-        answer!(reply, self.reader.open(ino, flags, req.unique().0), id => {
+        answer!(reply, self.reader.open(ino, flags, req.unique().0, false), id => {
             reply.opened(FileHandle(id), FopenFlags::FOPEN_KEEP_CACHE);
         });
     }

@@ -105,12 +105,14 @@ impl Backing {
 
     /// fsync(2), or fdatasync(2).
     pub fn sync(&self, fd: BorrowedFd<'_>, data_only: bool) -> Result<()> {
-        self.before(Call::Sync)?;
-        if data_only {
-            rustix::fs::fdatasync(fd)?
-        } else {
-            rustix::fs::fsync(fd)?
-        }
+        self.note_lost(|| {
+            self.before(Call::Sync)?;
+            let done = match data_only {
+                true => rustix::fs::fdatasync(fd),
+                false => rustix::fs::fsync(fd),
+            };
+            Ok(done?)
+        })?;
         self.tell(|| Change::Synced(Ino(rustix::fs::fstat(fd).map_or(0, |st| st.st_ino))));
         Ok(())
     }

@@ -121,6 +121,8 @@ pub struct Backing {
     keeps_atime: bool,
     /// Whoever reads through cowfs reads ahead.
     read_ahead_above: AtomicBool,
+    /// Something may be on no disk, though a later sync succeeds.
+    lost: AtomicBool,
     pub(super) witness: Option<Witness>,
     pub(super) faults: Option<Faults>,
 }
@@ -236,6 +238,7 @@ impl Backing {
             places,
             keeps_atime,
             read_ahead_above: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             witness: None,
             faults: None,
         })
@@ -297,10 +300,27 @@ impl Backing {
 
     /// Makes all of the backing filesystem durable (syncfs(2)).
     pub fn sync_all(&self) -> Result<()> {
-        self.before(Call::Sync)?;
-        rustix::fs::syncfs(&self.root)?;
+        self.note_lost(|| {
+            self.before(Call::Sync)?;
+            Ok(rustix::fs::syncfs(&self.root)?)
+        })?;
         self.tell(|| Change::AllSynced);
         Ok(())
+    }
+
+    /// Notes that a sync has failed: the kernel tells of what it could not write once, to whoever asks first (errseq_t of
+    /// include/linux/errseq.h).
+    fn note_lost(&self, sync: impl FnOnce() -> Result<()>) -> Result<()> {
+        let done = sync();
+        if matches!(&done, Err(error) if error.errno() != Errno::INTR) {
+            self.lost.store(true, Ordering::SeqCst);
+        }
+        done
+    }
+
+    /// Whether a sync has failed since the last call.
+    pub fn take_lost(&self) -> bool {
+        self.lost.swap(false, Ordering::SeqCst)
     }
 
     /// Makes durable which objects are among the retained.
