@@ -14,8 +14,9 @@ use cowfs::engine::attr::{SetAttr, SetTime};
 use cowfs::engine::creds::Caller;
 use cowfs::engine::handle::OpenFile;
 use cowfs::engine::names::Make;
+use cowfs::engine::object::Node;
 use cowfs::engine::{Call, Change, Engine, EngineOptions, Failure, Witness};
-use cowfs::error::Result;
+use cowfs::error::{Error, Result};
 use cowfs::store::{SnapshotState, Timestamp};
 use cowfs::sync::{Arc, AtomicBool, Mutex, Ordering};
 use drive::{find, options, root, state, write};
@@ -195,7 +196,14 @@ fn change(engine: &Engine, rng: &mut SmallRng) -> Result<()> {
     };
     let (dir, name) = place()?;
     let (other, new) = place()?;
-    let object = |dir, name: &[u8]| find(engine, dir, &[std::str::from_utf8(name).unwrap()]);
+    let object = |dir, name: &[u8]| {
+        let node = find(engine, dir, &[std::str::from_utf8(name).unwrap()])?;
+        match &node {
+            // No fsync(2) reaches what a symlink is.
+            Node::Live(object) if object.entry.kind == libc::DT_LNK => Err(Error::Os(Errno::LOOP)),
+            _ => Ok(node),
+        }
+    };
     let set = |set: SetAttr| {
         let node = object(dir.clone(), &name)?;
         engine.setattr(&node, &set, None, None).map(drop)
@@ -208,9 +216,13 @@ fn change(engine: &Engine, rng: &mut SmallRng) -> Result<()> {
                 false => Ok(()),
             }
         }
-        2 => engine
-            .make(&dir, &name, Make::Directory(0o700), CALLER)
-            .map(drop),
+        2 => {
+            let made = match rng.random() {
+                true => Make::Directory(0o700),
+                false => Make::Symlink(b"n0"),
+            };
+            engine.make(&dir, &name, made, CALLER).map(drop)
+        }
         3 => engine.remove(&dir, &name, rng.random()),
         4 | 5 => {
             let flags = [RenameFlags::empty(), RenameFlags::EXCHANGE][rng.random_range(0..2)];

@@ -10,6 +10,7 @@ use super::creds::{ActingAs, Caller};
 use super::handle::{LiveFile, access};
 use super::keep::Op;
 use super::object::{Member, Node, NodeId, Nodes, Object, ObjectRef};
+use super::unsettled::can_be_synced;
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Epoch, Ino};
 use crate::store::EntryImage;
@@ -228,9 +229,14 @@ impl Engine {
             found.ok_or(Error::Os(Errno::NOENT))
         };
         let mut found = find()?;
-        self.unsettled.note(op.epoch_of(dir), &found.entry);
-        if caller.wants_group(found.attr.gid) && self.backing.give_group(fd, name, caller.gid)? {
+        let changed =
+            caller.wants_group(found.attr.gid) && self.backing.give_group(fd, name, caller.gid)?;
+        if changed {
             found = find()?;
+        }
+        // That it is there is synced with the directory; not all filesystems do so with what it is.
+        if changed || can_be_synced(&found.entry) {
+            self.unsettled.note(op.epoch_of(dir), &found.entry);
         }
         self.backing.note_place(dir.ino(), name, found.entry.ino);
         let birth = op.born(dir, found.entry.ino);

@@ -183,7 +183,7 @@ impl Engine {
     pub(super) fn keep_owed_times(&self) -> Result<()> {
         for ino in self.times.owing() {
             if let Some(Node::Live(object)) = self.nodes.get(self.nodes.live_id(ino)) {
-                self.begin(&[&object]).keep_attr(&object)?;
+                self.with_room(0, || self.begin(&[&object]).keep_attr(&object))?;
             }
         }
         Ok(())

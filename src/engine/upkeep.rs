@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 /// the journal that a recovery has to replay.
 const CHECKPOINT_BYTES: usize = 8 << 20;
 
-/// How often a round is made when nothing has happened that the engine knows of: others may take the space of the disk.
+/// When nothing has happened for so long that the engine knows of, a round is made no more often than that: others may take
+/// the space of the disk.
 const IDLE: Duration = Duration::from_secs(1);
 
 /// When so many nodes have been forgotten, their memory is given back.
@@ -137,14 +138,18 @@ pub(super) fn start(engine: &Arc<Engine>, interval: Duration) -> Result<()> {
         .name("cowfs-upkeep".into())
         .spawn(move || {
             let mut failed = String::new();
-            // When the last round began, and what had been appended then.
-            let mut last = None;
+            let start = Instant::now();
+            let (mut round, mut active, mut appended) = (start, start, 0);
             while let Some(kicked) = own.upkeep.wait(interval) {
-                if !kicked && !own.is_round_due(last) {
+                let before = std::mem::replace(&mut appended, own.store.appended());
+                if kicked || before != appended || own.has_upkeep() {
+                    active = Instant::now();
+                }
+                if active.elapsed() >= IDLE && round.elapsed() < IDLE {
                     continue;
                 }
+                round = Instant::now();
                 own.upkeep.begin_round();
-                last = Some((Instant::now(), own.store.appended()));
                 // The same failure at every round is told once.
                 let now = own
                     .upkeep()
@@ -162,14 +167,9 @@ pub(super) fn start(engine: &Arc<Engine>, interval: Duration) -> Result<()> {
 }
 
 impl Engine {
-    /// Whether anything has happened since the `last` round, or that was long ago.
-    fn is_round_due(&self, last: Option<(Instant, u64)>) -> bool {
-        last.is_none_or(|(began, appended)| {
-            appended != self.store.appended()
-                || began.elapsed() >= IDLE
-                || self.reclaims()
-                || self.has_closed_orphans()
-        })
+    /// Whether a round has something to do that no append tells of.
+    fn has_upkeep(&self) -> bool {
+        self.reclaims() || self.has_closed_orphans()
     }
 
     /// One round of upkeep. Stops early when the engine is closing.
