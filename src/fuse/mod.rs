@@ -170,8 +170,8 @@ impl Adapter {
     /// RELEASE: what an open file still owes is done first.
     fn release_file(&self, fh: FileHandle, reply: ReplyEmpty) {
         let reader = self.reader.clone();
-        match reader.file(fh) {
-            Ok(file) if self.engine.keeps_time(&file) => self.dispatch(move || {
+        match self.gate.as_ref().and_then(|_| reader.file(fh).ok()) {
+            Some(file) if self.engine.keeps_time(&file) => self.dispatch(move || {
                 reader.engine.settle_time(&file);
                 drop(file);
                 reader.release(fh, reply);

@@ -192,8 +192,8 @@ impl Reader {
         answer!(reply, target, target => reply.data(&target));
     }
 
-    /// Opens a file for the request `unique`; returns the number of the handle.
-    /// Opens a file for the request `unique`; `held`: the kernel holds writes back and keeps the times of what they change.
+    /// Opens a file for the request `unique`; returns the number of the handle. `held`: the kernel holds writes back and
+    /// keeps the times of what they change.
     pub(super) fn open(
         &self,
         ino: INodeNo,
