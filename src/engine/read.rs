@@ -182,9 +182,11 @@ impl Engine {
     fn skip_untouched(&self, file: &MemberFile, at: u64, size: u64, hole: bool) -> Result<u64> {
         let ino = file.member.entry.ino;
         let live = match self.backing.seek(file.fd.as_fd(), at, hole) {
-            Err(Error::Os(UNREADABLE)) => size,
-            other => other?.unwrap_or(size).min(size),
+            Err(Error::Os(UNREADABLE)) => None,
+            other => other?,
         };
+        // Past the end of the live file is what a change that makes holes found as a hole and did not keep.
+        let live = live.unwrap_or(if hole { at } else { size }).min(size);
         let mut at = at;
         while at + CHUNK <= live {
             match self
@@ -202,7 +204,7 @@ impl Engine {
     fn map_in_chunk(&self, file: &MemberFile, from: u64, to: u64) -> Result<Vec<(u64, u64, bool)>> {
         let fd = file.fd.as_fd();
         let live = match super::backing::data_map(&self.backing, fd, from, to) {
-            Err(Error::Os(UNREADABLE)) => Vec::new(),
+            Err(Error::Os(UNREADABLE)) => vec![(from, to, false)],
             other => other?,
         };
         let extents =

@@ -115,6 +115,33 @@ fn more_random_operations_with_the_index_in_memory() {
     run(CASES / 3, true, &base());
 }
 
+/// Found once: a hole that begins where a chunk does, in a file that was cut short since, was taken for data.
+#[test]
+fn a_hole_behind_the_end_of_the_live_file_stays_one() {
+    let file = 0;
+    let steps = [
+        Op::Create { dir: 0, name: 0 },
+        Op::Write {
+            file,
+            at: (1 << 20) - 8192,
+            len: 8192,
+            byte: 7,
+        },
+        Op::Truncate {
+            file,
+            size: 3 << 20,
+        },
+        Op::Snapshot,
+        Op::Truncate { file, size: 4096 },
+        Op::Compare,
+    ];
+    let mut world = World::new(&base(), true, false, Reach::AsPermitted);
+    for step in &steps {
+        world.apply(step).unwrap();
+    }
+    world.finish().unwrap();
+}
+
 /// A filesystem of its own in a file, unmounted when the value goes.
 struct Disk {
     dir: tempfile::TempDir,
