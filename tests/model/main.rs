@@ -24,10 +24,10 @@ const OPS: usize = 300;
 /// Cases of a run; with `OPS` well over 100,000 operations.
 const CASES: u32 = 360;
 
-/// The seed in hexadecimal, or a new one.
-fn seed(given: Option<&str>) -> [u8; 32] {
+/// `COWFS_SEED`, or a new one.
+fn seed() -> [u8; 32] {
     let mut seed = [0; 32];
-    match given {
+    match std::env::var("COWFS_SEED").ok() {
         Some(hex) => {
             for (at, byte) in seed.iter_mut().enumerate() {
                 *byte = u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap();
@@ -57,11 +57,6 @@ fn base() -> PathBuf {
 }
 
 fn run(cases: u32, in_memory_index: bool, base: &Path) {
-    let given = std::env::var("COWFS_SEED").ok();
-    run_from(given.as_deref(), cases, in_memory_index, base);
-}
-
-fn run_from(given: Option<&str>, cases: u32, in_memory_index: bool, base: &Path) {
     let cases = number("COWFS_MODEL_CASES", cases);
     let config = ProptestConfig {
         cases,
@@ -69,7 +64,7 @@ fn run_from(given: Option<&str>, cases: u32, in_memory_index: bool, base: &Path)
         max_shrink_iters: number("COWFS_MODEL_SHRINK", 2000),
         ..ProptestConfig::default()
     };
-    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed(given));
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed());
     let mut runner = TestRunner::new_with_rng(config, rng);
     let count = std::cell::Cell::new(0_usize);
     let ops = (
@@ -91,6 +86,15 @@ fn run_from(given: Option<&str>, cases: u32, in_memory_index: bool, base: &Path)
     if let Err(error) = outcome {
         panic!("{error}");
     }
+}
+
+/// Runs these operations and compares all.
+fn run_steps(base: &Path, steps: &[Op]) {
+    let mut world = World::new(base, true, false, Reach::AsPermitted);
+    for step in steps {
+        world.apply(step).unwrap();
+    }
+    world.finish().unwrap();
 }
 
 // In parts that run at the same time: most of it is waiting for a disk.
@@ -135,11 +139,7 @@ fn a_hole_behind_the_end_of_the_live_file_stays_one() {
         Op::Truncate { file, size: 4096 },
         Op::Compare,
     ];
-    let mut world = World::new(&base(), true, false, Reach::AsPermitted);
-    for step in &steps {
-        world.apply(step).unwrap();
-    }
-    world.finish().unwrap();
+    run_steps(&base(), &steps);
 }
 
 /// A filesystem of its own in a file, unmounted when the value goes.
@@ -148,7 +148,7 @@ struct Disk {
 }
 
 impl Disk {
-    fn new(mkfs: &[&str]) -> Self {
+    fn new(mkfs: &[&str], options: &str) -> Self {
         std::fs::create_dir_all(base()).unwrap();
         let dir = tempfile::Builder::new()
             .prefix("disk")
@@ -165,7 +165,7 @@ impl Disk {
         done(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image));
         done(
             Command::new("mount")
-                .args(["-o", "loop"])
+                .args(["-o", options])
                 .args([&image, &root]),
         );
         Self { dir }
@@ -187,18 +187,49 @@ impl Drop for Disk {
 
 #[test]
 fn random_operations_on_xfs() {
-    run(CASES / 24, true, &Disk::new(&["mkfs.xfs", "-q"]).root());
+    // What xfs allocates ahead of writes is data for lseek(2) while the page cache has it, and a hole when it has not.
+    let disk = Disk::new(&["mkfs.xfs", "-q"], "loop,allocsize=4k");
+    run(CASES / 24, true, &disk.root());
 }
 
-/// Found once: the hole in which a cut ended came to be data when the file was cut short and grew again.
+/// Found once: the hole in which a cut ended came to be data, with what xfs had allocated ahead of a later write, when
+/// the file was cut short and grew again.
 #[test]
 fn the_hole_at_the_end_of_a_cut_stays_one_on_xfs() {
-    let seed = "792c57ea1b481684df9684a5a28ef2fdc9ab9be1af4f09e57a29640b66d6238c";
-    let disk = Disk::new(&["mkfs.xfs", "-q"]);
-    run_from(Some(seed), CASES / 24, true, &disk.root());
+    let file = 0;
+    let write = |at, len| Op::Write {
+        file,
+        at,
+        len,
+        byte: 7,
+    };
+    let steps = [
+        Op::Create { dir: 0, name: 0 },
+        write(0, 4096),
+        Op::Truncate {
+            file,
+            size: 1_406_628,
+        },
+        Op::Snapshot,
+        Op::Truncate {
+            file,
+            size: 131_331,
+        },
+        // It lets go of that when the file is closed, the first time.
+        write(1_133_943, 28_815),
+        write(1_354_316, 46_769),
+        Op::Snapshot,
+        write(1_691_279, 4290),
+        Op::Compare,
+    ];
+    run_steps(&Disk::new(&["mkfs.xfs", "-q"], "loop").root(), &steps);
 }
 
 #[test]
 fn random_operations_on_btrfs() {
-    run(CASES / 24, true, &Disk::new(&["mkfs.btrfs", "-q"]).root());
+    run(
+        CASES / 24,
+        true,
+        &Disk::new(&["mkfs.btrfs", "-q"], "loop").root(),
+    );
 }

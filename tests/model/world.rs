@@ -661,18 +661,28 @@ impl World {
         let Some((path, id)) = self.pick_file(file) else {
             return Ok(());
         };
-        let mode = libc::FALLOC_FL_KEEP_SIZE
-            | if punch {
-                libc::FALLOC_FL_PUNCH_HOLE
-            } else {
-                libc::FALLOC_FL_ZERO_RANGE
-            };
-        if self.fallocate(&path, mode, at.into(), len.into())? {
-            let data = self.live.data_mut(id);
-            let end = data.len().min((at + len) as usize);
-            if (at as usize) < end {
-                data[at as usize..end].fill(0);
-            }
+        let size = self.live.data_mut(id).len() as u32;
+        let (mode, len) = match punch {
+            true => (libc::FALLOC_FL_PUNCH_HOLE, len),
+            false => (libc::FALLOC_FL_ZERO_RANGE, len.min(size.saturating_sub(at))),
+        };
+        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+        if len == 0 || !self.fallocate(&path, mode, at.into(), len.into())? {
+            return Ok(());
+        }
+        let end = size.min(at + len);
+        if at >= end {
+            return Ok(());
+        }
+        let cleared = &mut self.live.data_mut(id)[at as usize..end as usize];
+        cleared.fill(0);
+        if !punch {
+            // What is allocated and not written is data for lseek(2) while the page cache has it, and a hole when it has
+            // not (ext4): the filesystem's own doing (docs/SEMANTICS.md), but not to be compared.
+            let engine = self.engine();
+            self.on_file(&path, |live| {
+                engine.write(live, at.into(), &vec![0; (end - at) as usize], None)
+            })?;
         }
         Ok(())
     }
