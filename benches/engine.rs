@@ -8,7 +8,7 @@
 use cowfs::config::{Durability, SpacePolicy};
 use cowfs::engine::creds::Caller;
 use cowfs::engine::handle::{LiveFile, OpenFile};
-use cowfs::engine::object::{Node, ROOT_NODE};
+use cowfs::engine::nodes::{Node, ROOT_NODE};
 use cowfs::engine::{Engine, EngineOptions, Reach};
 use cowfs::ids::{CHUNK_BLOCKS, Epoch, Ino};
 use cowfs::store::{ExtentData, SnapshotInfo, SnapshotState, Store, StoreOptions, Timestamp};

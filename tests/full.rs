@@ -10,7 +10,7 @@ mod plain;
 
 use cowfs::config::OnFull;
 use cowfs::engine::Engine;
-use cowfs::engine::object::Node;
+use cowfs::engine::nodes::Node;
 use cowfs::error::Error;
 use cowfs::ids::Epoch;
 use cowfs::store::SnapshotState;

@@ -14,7 +14,7 @@ use cowfs::engine::attr::{SetAttr, SetTime};
 use cowfs::engine::creds::Caller;
 use cowfs::engine::handle::OpenFile;
 use cowfs::engine::names::Make;
-use cowfs::engine::object::Node;
+use cowfs::engine::nodes::Node;
 use cowfs::engine::{Call, Change, Engine, EngineOptions, Failure, Witness};
 use cowfs::error::{Error, Result};
 use cowfs::store::{SnapshotState, Timestamp};

@@ -5,7 +5,8 @@
 
 use super::Engine;
 use super::handle::Handles;
-use super::object::{Member, Node, Nodes, Numbers};
+use super::nodes::{Node, Nodes};
+use super::object::{Member, Numbers};
 use super::view::OpenSnapshot;
 use crate::error::Result;
 use crate::ids::Epoch;

@@ -1,8 +1,9 @@
 //! Looking a directory and its store over, and making them right: the store's own check, the retained objects
 //! against their records, and files that belong to nobody.
 
+use super::Engine;
 use super::backing::{Backing, Reach};
-use super::{Engine, object::Node};
+use super::nodes::Node;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::store::{

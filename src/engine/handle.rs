@@ -3,7 +3,8 @@
 use super::Engine;
 use super::dir::{LiveDir, MemberDir};
 use super::inventory::{Inventory, KnownHandle, Slot};
-use super::object::{Member, Node, NodeId, ObjectRef, folder_node, live_node};
+use super::nodes::{Node, NodeId, ObjectRef, folder_node, live_node};
+use super::object::Member;
 use super::view::OpenSnapshot;
 use crate::error::{Error, Result};
 use crate::ids::Ino;

@@ -8,7 +8,7 @@
 //! ends the mount too. The first word of a slot says what it holds and is written last, so that a slot is either whole
 //! or empty.
 
-use super::object::NodeId;
+use super::nodes::NodeId;
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino};
 use crate::store::{EntryImage, ObjectHandle};

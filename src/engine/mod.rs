@@ -11,6 +11,7 @@ pub mod handle;
 pub mod inventory;
 pub mod keep;
 pub mod names;
+pub mod nodes;
 pub mod object;
 mod orphans;
 pub mod read;
@@ -36,7 +37,8 @@ pub use backing::{Call, Change, Failure, Faults, Reach, Witness};
 use epoch::Epochs;
 use handle::Handles;
 use inventory::{Found, Inventory};
-use object::{Node, NodeId, Nodes, Object, ObjectRef};
+use nodes::{Node, NodeId, Nodes, ObjectRef};
+use object::Object;
 use room::{Room, UnderCut};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -185,7 +187,7 @@ impl Engine {
         };
         recover::pair(&backing, &store, options.store.as_deref())?;
         let root = backing.root_entry().ino;
-        if root.0 >= object::INO_MAX {
+        if root.0 >= nodes::INO_MAX {
             return Err(Error::Source {
                 path: source.into(),
                 why: "has an inode number above 2⁶¹".into(),
@@ -290,7 +292,7 @@ impl Engine {
 
     /// The node behind a number. `ESTALE` for one that is not known.
     pub fn node(&self, node: NodeId) -> Result<Node> {
-        if node == object::ROOT_NODE {
+        if node == nodes::ROOT_NODE {
             return Ok(Node::Live(self.root()));
         }
         self.nodes.get(node).ok_or(Error::Os(Errno::STALE))

@@ -6,7 +6,8 @@
 use super::Engine;
 use super::handle::OpenFile;
 use super::inventory::{Aspect, Found, KnownHandle, KnownNode, Slot};
-use super::object::{Node, NodeId, Object, ObjectRef};
+use super::nodes::{Node, NodeId, ObjectRef};
+use super::object::Object;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::sync::Ordering;

@@ -5,7 +5,8 @@
 
 use super::Engine;
 use super::handle::{MemberFile, OpenFile};
-use super::object::{Member, Node};
+use super::nodes::Node;
+use super::object::Member;
 use super::times::with_owed;
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK, CHUNK_BLOCKS, Epoch, Ino};

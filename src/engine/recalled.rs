@@ -1,6 +1,6 @@
 //! The live objects that the kernel forgot last.
 
-use super::object::NodeId;
+use super::nodes::NodeId;
 use crate::store::EntryImage;
 use std::collections::HashMap;
 

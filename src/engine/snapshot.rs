@@ -2,7 +2,8 @@
 
 use super::Engine;
 use super::attr::Attr;
-use super::object::{Member, Node, NodeId, Numbers, Object, ObjectRef, folder_node};
+use super::nodes::{Node, NodeId, ObjectRef, folder_node};
+use super::object::{Member, Numbers, Object};
 use super::room::UnderCut;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;

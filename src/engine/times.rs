@@ -9,7 +9,8 @@
 use super::Engine;
 use super::attr::Attr;
 use super::handle::{LiveFile, OpenFile};
-use super::object::{Node, Object};
+use super::nodes::Node;
+use super::object::Object;
 use super::snapshot::now;
 use crate::error::Result;
 use crate::ids::Ino;

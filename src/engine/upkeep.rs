@@ -1,7 +1,7 @@
 //! The background thread: syncs the journal, carries the index to disk, frees what deleted snapshots held.
 
 use super::Engine;
-use super::object::Node;
+use super::nodes::Node;
 use crate::error::{Error, Result};
 use crate::store::Retained;
 use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering};

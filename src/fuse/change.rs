@@ -9,7 +9,7 @@ use super::{Adapter, DELETE_PATIENCE, FOREVER, manages};
 use crate::engine::handle::OpenFile;
 use crate::engine::inventory::Intent;
 use crate::engine::names::Make;
-use crate::engine::object::Node;
+use crate::engine::nodes::Node;
 use crate::error::Error;
 use crate::ids::Ino;
 use fuser::{

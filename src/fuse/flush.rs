@@ -5,7 +5,7 @@
 //! in that state, the daemon would never close `/dev/fuse`, and the mount would hang for ever. So a small
 //! process of its own asks, over a pair of pipes.
 
-use crate::engine::object::NodeId;
+use crate::engine::nodes::NodeId;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering};
 use crate::sys;

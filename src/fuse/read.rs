@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::engine::attr::Attr;
 use crate::engine::dir::Line;
 use crate::engine::handle::{HandleId, Handles, OpenDir, OpenFile};
-use crate::engine::object::{Node, Nodes, ROOT_NODE};
+use crate::engine::nodes::{Node, Nodes, ROOT_NODE};
 use crate::error::{Error, Result};
 use crate::sync::Arc;
 use crate::sys::MAX_WRITE;

@@ -6,7 +6,7 @@ use super::read::Reader;
 use crate::engine::attr::Attr;
 use crate::engine::dir::Line;
 use crate::engine::handle::OpenDir;
-use crate::engine::object::{Node, NodeId, folder_node, unreachable_node};
+use crate::engine::nodes::{Node, NodeId, folder_node, unreachable_node};
 use crate::error::{Error, Result};
 use fuser::{Errno, Generation, INodeNo, ReplyDirectoryPlus, ReplyEntry, ReplyXattr};
 use std::ffi::OsStr;

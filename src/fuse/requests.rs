@@ -9,7 +9,7 @@ use crate::engine::attr::{SetAttr, SetTime};
 use crate::engine::creds::Unprivileged;
 use crate::engine::handle::{LiveFile, OpenFile};
 use crate::engine::names::Make;
-use crate::engine::object::{Node, ROOT_NODE};
+use crate::engine::nodes::{Node, ROOT_NODE};
 use crate::error::{Error, Result};
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,

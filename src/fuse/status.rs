@@ -6,7 +6,8 @@ use crate::control::{
     SpaceStatus, Status, XATTR_MAX,
 };
 use crate::engine::Engine;
-use crate::engine::object::{Node, Numbers};
+use crate::engine::nodes::Node;
+use crate::engine::object::Numbers;
 use crate::engine::room::Usage;
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino};

@@ -10,7 +10,7 @@ use super::FOREVER;
 use super::flush::{FlushHelper, Order};
 use super::pool::Pool;
 use crate::engine::Engine;
-use crate::engine::object::NodeId;
+use crate::engine::nodes::NodeId;
 use crate::engine::snapshot::{Barrier, Brought};
 use crate::error::{Error, Result};
 use crate::ids::Epoch;

@@ -2,7 +2,7 @@
 
 use cowfs::engine::Engine;
 use cowfs::engine::handle::OpenFile;
-use cowfs::engine::object::{Node, NodeId, ROOT_NODE};
+use cowfs::engine::nodes::{Node, NodeId, ROOT_NODE};
 use cowfs::ids::BLOCK;
 use cowfs::store::AttrImage;
 use std::collections::{BTreeMap, HashMap};

@@ -6,7 +6,7 @@ use cowfs::engine::attr::{SetAttr, SetTime};
 use cowfs::engine::creds::Caller;
 use cowfs::engine::handle::{LiveFile, OpenFile};
 use cowfs::engine::names::Make;
-use cowfs::engine::object::{Node, ROOT_NODE, folder_node};
+use cowfs::engine::nodes::{Node, ROOT_NODE, folder_node};
 use cowfs::engine::{Engine, EngineOptions, Reach};
 use cowfs::error::Error;
 use cowfs::store::{StoreOptions, Timestamp};

@@ -8,7 +8,7 @@ use crate::world::{FIRST_BOOT, History, Mark, Opening, fresh};
 use cowfs::config::Durability;
 use cowfs::engine::Engine;
 use cowfs::engine::handle::OpenFile;
-use cowfs::engine::object::{Node, ROOT_NODE};
+use cowfs::engine::nodes::{Node, ROOT_NODE};
 use cowfs::planted::{self, Bug};
 use cowfs::store::{SnapshotInfo, SnapshotState};
 use cowfs::sync::Arc;

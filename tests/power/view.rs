@@ -1,7 +1,7 @@
 //! Everything that a snapshot shows, as a value that can be compared.
 
 use cowfs::engine::Engine;
-use cowfs::engine::object::{Node, NodeId};
+use cowfs::engine::nodes::{Node, NodeId};
 use cowfs::error::{Error, Result};
 use cowfs::store::AttrImage;
 use rustix::io::Errno;

@@ -9,7 +9,7 @@ use cowfs::engine::attr::{SetAttr, SetTime};
 use cowfs::engine::creds::Caller;
 use cowfs::engine::handle::OpenFile;
 use cowfs::engine::names::Make;
-use cowfs::engine::object::{Node, NodeId, ROOT_NODE};
+use cowfs::engine::nodes::{Node, NodeId, ROOT_NODE};
 use cowfs::engine::{Engine, EngineOptions, Reach, Witness};
 use cowfs::error::Result;
 use cowfs::store::{SnapshotState, StoreOptions, Timestamp};

@@ -3,7 +3,7 @@
 
 use cowfs::config::{Durability, SpacePolicy};
 use cowfs::engine::handle::OpenFile;
-use cowfs::engine::object::{Node, ROOT_NODE, folder_node};
+use cowfs::engine::nodes::{Node, ROOT_NODE, folder_node};
 use cowfs::engine::{Engine, EngineOptions, Reach};
 use cowfs::error::Result;
 use cowfs::store::{SnapshotState, StoreOptions};
