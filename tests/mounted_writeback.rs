@@ -359,3 +359,18 @@ fn what_was_synced_and_the_snapshots_outlive_kill_9() {
         }
     }
 }
+
+/// As the flush helper does that is just writing a large file back.
+#[test]
+fn unmounting_waits_for_who_is_just_closing_a_file() {
+    let mount = writeback("wb-umount");
+    let file = fs::File::create(mount.mnt.join("f")).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_secs(3));
+            drop(file);
+        });
+        mount.umount();
+    });
+    assert!(mount.backing.join("f").exists());
+}

@@ -1,5 +1,6 @@
 //! `cowfs umount`: detach a mount and wait until its store is written.
 
+use crate::config::CacheMode;
 use crate::control::{self, MountEntry, SnapshotMount, Status};
 use crate::error::{Error, Result};
 use crate::sync::channel;
@@ -17,6 +18,8 @@ const SETTLE: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long a mount may be busy with what is just being closed, and how often that is tried.
 const CLOSING: Duration = Duration::from_secs(1);
+/// The same where the kernel holds writes back: the flush helper may just be writing a large file back.
+const WRITING_BACK: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Unmount, and return when the daemon has written its store and ended.
@@ -93,7 +96,8 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
         }
         None => None,
     };
-    detach(&place, lazy)?;
+    let held = status.is_some_and(|status| status.cache == CacheMode::Writeback.as_str());
+    detach(&place, lazy, if held { WRITING_BACK } else { CLOSING })?;
     // The daemon lives on while the filesystem is mounted anywhere else.
     let elsewhere = control::mounts()?
         .iter()
@@ -222,10 +226,10 @@ fn ask(place: &Path) -> Option<Status> {
     asked.recv_timeout(ANSWER).ok().flatten()
 }
 
-/// Detaches, and gives those a moment who are just closing their last file: the flush helper among them, after a cut or
+/// Detaches, and gives those `patience` who are just closing their last file: the flush helper among them, after a cut or
 /// the death of its daemon.
-fn detach(place: &Path, lazy: bool) -> Result<()> {
-    let deadline = Instant::now() + CLOSING;
+fn detach(place: &Path, lazy: bool, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
     loop {
         match try_detach(place, lazy) {
             Err(Busy::Yes) if Instant::now() < deadline => std::thread::sleep(PAUSE),

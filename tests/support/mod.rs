@@ -520,9 +520,8 @@ impl Mount {
         );
     }
 
-    /// Unmounts cleanly and mounts again.
-    #[track_caller]
     /// Mounts with these mount options, as do all later mounts.
+    #[track_caller]
     pub(crate) fn mount_with(&self, options: &str) {
         *self.options.lock().unwrap() = options.to_owned();
         self.mount();
@@ -534,6 +533,8 @@ impl Mount {
         self.mount_with(options);
     }
 
+    /// Unmounts cleanly and mounts again.
+    #[track_caller]
     pub(crate) fn remount(&self) {
         self.umount();
         self.mount();
