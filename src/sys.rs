@@ -104,26 +104,6 @@ pub fn free_bytes(disk: &StatVfs) -> u64 {
 /// More than any filesystem has.
 pub const BOUNDLESS: u64 = i64::MAX as u64;
 
-/// Whether pages of an open file are dirty or being written back (cachestat(2)); true where the kernel cannot
-/// tell.
-pub fn has_unwritten_pages(fd: BorrowedFd<'_>) -> bool {
-    /// Number of the call on every architecture.
-    const SYS_CACHESTAT: libc::c_long = 451;
-    // Offset and length: all of the file. Answer: pages cached, dirty, in writeback, evicted, lately evicted.
-    let (range, mut stat) = ([0_u64; 2], [0_u64; 5]);
-    // SAFETY: `range` and `stat` have the layouts of struct cachestat_range and struct cachestat.
-    let done = unsafe {
-        libc::syscall(
-            SYS_CACHESTAT,
-            fd.as_raw_fd(),
-            std::ptr::from_ref(&range),
-            std::ptr::from_mut(&mut stat),
-            0,
-        )
-    };
-    done < 0 || stat[1] > 0 || stat[2] > 0
-}
-
 /// Has all dirty pages of an open file written back, without the inode's lock, and waits for none (sync_file_range(2)).
 ///
 /// # Errors

@@ -359,12 +359,12 @@ impl Gate {
         }
     }
 
-    /// Whether a file was changed after its seal, of those of a round whose seals are all made. What was written is in the
-    /// kernel's memory as yet, or its WRITE has come.
+    /// Whether a file was changed after its seal, of those of a round whose seals are all made: what was written and is in
+    /// the kernel's memory as yet comes as a WRITE now.
     fn changed_after_seal(&self, active: &[NodeId], watch: &Watch) -> Result<bool> {
         let tick = &mut || watch.in_time();
-        let unwritten = self.helper.ask_watched(Order::Look, active, tick)?;
-        Ok(!unwritten.is_empty() || self.hold.lock().changed)
+        self.helper.ask_watched(Order::CleanTaken, active, tick)?;
+        Ok(self.hold.lock().changed)
     }
 
     /// Has the kernel write back what it holds of a file that is open for writing, whoever has its lock.
