@@ -56,6 +56,12 @@ fn raise_file_limit() {
     setrlimit(Resource::Nofile, raised).unwrap();
 }
 
+/// For reading and writing, as databases do: it could be mapped, so a cut has to ask the kernel for its pages.
+fn open_for_both(path: &Path) -> File {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).open(path).unwrap()
+}
+
 fn open_files(options: &Options, dir: &Path) -> Vec<File> {
     let size = options.number("size");
     let piece = vec![0x44_u8; usize::try_from(size).unwrap().min(MIB)];
@@ -68,7 +74,7 @@ fn open_files(options: &Options, dir: &Path) -> Vec<File> {
                     file.write_all_at(&piece, at).unwrap();
                 }
             }
-            OpenOptions::new().write(true).open(path).unwrap()
+            open_for_both(&path)
         })
         .collect()
 }
@@ -214,10 +220,7 @@ pub fn writers(options: &Options) -> Value {
 /// Creates `--count` snapshots `--snapshots`/sN one after the other, with nobody writing, and after each overwrites one
 /// block of `data.0`. Prints how long each took, in microseconds.
 pub fn series(options: &Options) -> Value {
-    let file = OpenOptions::new()
-        .write(true)
-        .open(options.path("dir").join("data.0"))
-        .unwrap();
+    let file = open_for_both(&options.path("dir").join("data.0"));
     let (snapshots, blocks) = (options.path("snapshots"), options.number("size") / BLOCK);
     let block = [0x66; BLOCK as usize];
     let mut random = Random::new(1);
