@@ -7,10 +7,10 @@
 
 use crate::engine::nodes::NodeId;
 use crate::error::{Error, Result};
-use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering};
+use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, channel};
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -50,7 +50,7 @@ pub(super) enum Order {
     Clean = 3,
     /// Close the descriptors that were taken.
     Drop = 4,
-    /// As `Clean`, by the descriptors that were taken.
+    /// As `Clean`, by the descriptors that were taken, and tell whose pages do not come in [`COMING`].
     CleanTaken = 5,
 }
 
@@ -207,7 +207,8 @@ pub(super) const TICK: Duration = Duration::from_millis(5);
 /// How long a cut waits for the helper to close its files, so that nobody finds the mount busy who unmounts it next.
 const CLOSING: Duration = Duration::from_millis(5);
 
-/// What an order came to, or the helper's errno: the nodes that the kernel does not know.
+/// What an order came to, or the helper's errno: the nodes that the kernel does not know; of [`Order::CleanTaken`] those
+/// whose pages have not come.
 type Answer = Result<Vec<NodeId>>;
 
 impl Pipes {
@@ -352,6 +353,10 @@ pub fn run_helper(mountpoint: &Path) -> Result<()> {
     Ok(())
 }
 
+/// How long what was stored after a seal may take to come, before its file counts as changed without it. The kernel sends
+/// no page of a file that is being cut short (`fuse_set_nowrite` of fs/fuse/dir.c), and that may wait for the end of the hold.
+const COMING: Duration = Duration::from_millis(5);
+
 /// Files that are written back together, for which that many descriptors are open.
 const AT_ONCE: usize = 256;
 
@@ -359,7 +364,7 @@ const AT_ONCE: usize = 256;
 #[derive(Default)]
 struct Taken {
     root: Option<OwnedFd>,
-    files: HashMap<NodeId, OwnedFd>,
+    files: HashMap<NodeId, Arc<OwnedFd>>,
 }
 
 fn read_word(input: &mut impl Read) -> Option<u64> {
@@ -400,15 +405,22 @@ fn carry_out(
         let mut files = Vec::with_capacity(nodes.len());
         for node in nodes {
             let file = taken.files.remove(node);
-            match file.map_or_else(|| open_node(&dir, *node), Ok) {
+            match file.map_or_else(|| open_node(&dir, *node).map(Arc::new), Ok) {
                 Ok(file) => files.push((*node, file)),
                 // Out of the kernel's memory, so without pages; or removed, so in no snapshot, even if its number is
                 // that of a symbolic link by now.
+                Err(Errno::STALE | Errno::NOENT | Errno::LOOP) if order == Order::CleanTaken => {}
                 Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => told.push(*node),
                 Err(errno) => return Err(errno),
             }
         }
-        carry_out_at_once(order, &files)?;
+        match order {
+            Order::CleanTaken if !clean_in_time(&files)? => {
+                told.extend(files.iter().map(|(node, _)| *node));
+            }
+            Order::CleanTaken => {}
+            _ => carry_out_at_once(order, files.iter().map(|(_, file)| file.as_fd()))?,
+        }
         if keeps {
             taken.files.extend(files);
         }
@@ -417,9 +429,28 @@ fn carry_out(
     Ok(())
 }
 
+/// False if that takes longer than [`COMING`]. It goes on then, in a thread of its own.
+fn clean_in_time(files: &[(NodeId, Arc<OwnedFd>)]) -> Result<bool, Errno> {
+    let files: Vec<_> = files.iter().map(|(_, file)| file.clone()).collect();
+    let (done, cleaned) = channel::bounded(1);
+    let clean = move || {
+        let files = files.iter().map(AsFd::as_fd);
+        // Nobody listens any more if it took too long.
+        let _ = done.send(carry_out_at_once(Order::Clean, files));
+    };
+    let thread = std::thread::Builder::new().spawn(clean);
+    thread.map_err(|_| Errno::AGAIN)?;
+    match cleaned.recv_timeout(COMING) {
+        Ok(done) => done.map(|()| true),
+        Err(_) => Ok(false),
+    }
+}
+
 /// The same for open files.
-fn carry_out_at_once(order: Order, files: &[(NodeId, OwnedFd)]) -> Result<(), Errno> {
-    let mut files = files.iter().map(|(_, file)| file.as_fd());
+fn carry_out_at_once<'f>(
+    order: Order,
+    mut files: impl Iterator<Item = BorrowedFd<'f>> + Clone,
+) -> Result<(), Errno> {
     if order == Order::Seal {
         return files.try_for_each(rustix::fs::fsync);
     }

@@ -360,11 +360,11 @@ impl Gate {
     }
 
     /// Whether a file was changed after its seal, of those of a round whose seals are all made: what was written and is in
-    /// the kernel's memory as yet comes as a WRITE now.
+    /// the kernel's memory as yet comes as a WRITE now, or does not come in time.
     fn changed_after_seal(&self, active: &[NodeId], watch: &Watch) -> Result<bool> {
         let tick = &mut || watch.in_time();
-        self.helper.ask_watched(Order::CleanTaken, active, tick)?;
-        Ok(self.hold.lock().changed)
+        let missing = self.helper.ask_watched(Order::CleanTaken, active, tick)?;
+        Ok(!missing.is_empty() || self.hold.lock().changed)
     }
 
     /// Has the kernel write back what it holds of a file that is open for writing, whoever has its lock.
