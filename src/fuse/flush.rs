@@ -429,7 +429,7 @@ fn carry_out(
     Ok(())
 }
 
-/// False if that takes longer than [`COMING`]. It goes on then, in a thread of its own.
+/// [`Order::Clean`] of open files; false if it takes longer than [`COMING`]. It goes on then, in a thread of its own.
 fn clean_in_time(files: &[(NodeId, Arc<OwnedFd>)]) -> Result<bool, Errno> {
     let files: Vec<_> = files.iter().map(|(_, file)| file.clone()).collect();
     let (done, cleaned) = channel::bounded(1);
@@ -446,7 +446,7 @@ fn clean_in_time(files: &[(NodeId, Arc<OwnedFd>)]) -> Result<bool, Errno> {
     }
 }
 
-/// The same for open files.
+/// Does what `order` says with open files.
 fn carry_out_at_once<'f>(
     order: Order,
     mut files: impl Iterator<Item = BorrowedFd<'f>> + Clone,
