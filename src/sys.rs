@@ -104,12 +104,13 @@ pub fn free_bytes(disk: &StatVfs) -> u64 {
 /// More than any filesystem has.
 pub const BOUNDLESS: u64 = i64::MAX as u64;
 
-/// Has all dirty pages of an open file written back, without the inode's lock, and waits for none (sync_file_range(2)).
+/// Has the dirty pages of `len` bytes of an open file (0: to its end) written back, without the inode's lock, and waits for
+/// none (sync_file_range(2)).
 ///
 /// # Errors
 /// Those of the call.
-pub fn begin_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
-    sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE)
+pub fn begin_write_back(fd: BorrowedFd<'_>, from: u64, len: u64) -> Result<(), Errno> {
+    sync_file_range(fd, from, len, libc::SYNC_FILE_RANGE_WRITE)
 }
 
 /// Waits for the pages of an open file that are being written back (sync_file_range(2)).

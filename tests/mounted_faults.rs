@@ -103,6 +103,47 @@ fn a_removed_file_gives_its_space_back() {
     panic!("{} MiB used, {before} before", used());
 }
 
+/// A large file is on its way to the disk before anybody syncs it, and a small one is not.
+#[test]
+fn a_large_file_goes_to_the_disk_while_it_is_written() {
+    const SMALL: u64 = 24;
+    const LARGE: u64 = 64;
+    let mount = Mount::on_own_disk("behind", LIMIT, 400);
+    let device = fs::metadata(&mount.backing).unwrap().dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    // Documentation/block/stat.rst: the seventh number is sectors written.
+    let written = || {
+        let stat = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).unwrap();
+        let sectors: u64 = stat.split_whitespace().nth(6).unwrap().parse().unwrap();
+        (sectors * 512) >> 20
+    };
+    let fill = |name: &str, mib: u64| {
+        let file = open_rw(&mount.mnt.join(name));
+        for at in 0..mib {
+            file.write_all_at(&vec![at as u8; 1 << 20], at << 20)
+                .unwrap();
+        }
+    };
+    // Others sync the disk now and then: cowfs does, some seconds after it was mounted.
+    for _ in 0..5 {
+        run(&mut Command::new("sync"), LIMIT).success("sync");
+        let before = written();
+        fill("small", SMALL);
+        fill("large", LARGE);
+        for _ in 0..60 {
+            let now = written() - before;
+            if now > LARGE + SMALL / 2 {
+                break; // all of it: somebody synced
+            }
+            if now >= LARGE / 2 {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    panic!("not a large file alone");
+}
+
 /// Anybody may ask for the status, and nobody can stop the mount with it.
 #[test]
 fn status_is_told_during_cuts() {

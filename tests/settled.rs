@@ -18,7 +18,7 @@ use cowfs::engine::nodes::Node;
 use cowfs::engine::{Call, Change, Engine, EngineOptions, Failure, Witness};
 use cowfs::error::{Error, Result};
 use cowfs::store::{SnapshotState, Timestamp};
-use cowfs::sync::{Arc, AtomicBool, Mutex, Ordering};
+use cowfs::sync::{Arc, AtomicBool, AtomicU32, Mutex, Ordering};
 use drive::{find, options, root, state, write};
 use plain::seeds;
 use rand::rngs::SmallRng;
@@ -26,7 +26,7 @@ use rand::{Rng, SeedableRng};
 use rustix::fs::RenameFlags;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -315,4 +315,64 @@ fn every_object_that_has_changed_is_synced() {
         seen += history(seed);
     }
     assert!(seen > seeds.len(), "{seen} objects had changed");
+}
+
+/// What lies behind the end of a long run of writes begins to go to the disk, its pre-images first (C8); what fails there
+/// is left to fsync(2).
+#[test]
+fn pre_images_are_durable_before_anything_is_written_behind() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let file = std::fs::File::create(dir.path().join("f")).unwrap();
+    file.write_all_at(&vec![1; 48 << 20], 0).unwrap();
+    let (asked, failing) = (
+        Arc::new(AtomicU32::new(0)),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let place: Arc<Mutex<Option<Arc<Engine>>>> = Arc::default();
+    let (asks, fails, there) = (asked.clone(), failing.clone(), place.clone());
+    let options = EngineOptions {
+        faults: Some(Arc::new(move |call| {
+            if call != Call::Sync {
+                return None;
+            }
+            if let Some(engine) = &*there.lock() {
+                assert!(engine.store().is_all_durable());
+                asks.fetch_add(1, Ordering::SeqCst);
+            }
+            let fails = fails.load(Ordering::SeqCst);
+            fails.then_some(Failure::Errno(Errno::IO))
+        })),
+        ..options()
+    };
+    let engine = Engine::open(dir.path(), options).unwrap();
+    engine.snapshot(b"s").unwrap();
+    let node = find(&engine, root(&engine), &["f"]).unwrap();
+    let OpenFile::Live(file) = engine.open_file(&node, libc::O_RDWR).unwrap() else {
+        unreachable!("a live file");
+    };
+    *place.lock() = Some(engine.clone());
+    let mut begun = 0;
+    for at in (0..48 * MIB).step_by(MIB as usize) {
+        engine.write(&file, at, &[2; MIB as usize], None).unwrap();
+        let Some(part) = file.note_written(at, MIB) else {
+            continue;
+        };
+        assert!(!engine.store().is_all_durable(), "pre-images were kept");
+        failing.store(begun == 1, Ordering::SeqCst);
+        let done = engine.write_behind(&part);
+        assert_eq!(done.is_err(), begun == 1);
+        failing.store(false, Ordering::SeqCst);
+        begun += 1;
+        assert_eq!(asked.load(Ordering::SeqCst), begun);
+    }
+    assert!(begun >= 2, "{begun}");
+    engine.fsync(&file, false).unwrap();
+    *place.lock() = None;
+    let mut old = vec![0; 48 << 20];
+    let member = drive::snapshot(&engine, &["s", "f"]).unwrap();
+    let member = engine.open_file(&member, libc::O_RDONLY).unwrap();
+    assert_eq!(engine.read(&member, 0, &mut old).unwrap(), old.len());
+    assert!(old.iter().all(|byte| *byte == 1));
+    engine.close().unwrap();
 }

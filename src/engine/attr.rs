@@ -317,8 +317,7 @@ impl Engine {
 
     /// fsync(2) of an open file: the journal first, as far as it guards this file, and then the file (C8).
     pub fn fsync(&self, file: &LiveFile, data_only: bool) -> Result<()> {
-        let owed = file.object.lock().owed;
-        self.pay(owed)?;
+        self.pay_for(&file.object)?;
         self.backing.sync(file.fd(), data_only)
     }
 

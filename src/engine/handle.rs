@@ -1,6 +1,7 @@
 //! Open files and directories.
 
 use super::Engine;
+use super::behind::Run;
 use super::dir::{LiveDir, MemberDir};
 use super::inventory::{Inventory, KnownHandle, Slot};
 use super::nodes::{Node, NodeId, ObjectRef, folder_node, live_node};
@@ -9,7 +10,7 @@ use super::view::OpenSnapshot;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::store::EntryImage;
-use crate::sync::{Arc, AtomicU64, Ordering, RwLock};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, RwLock};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -28,6 +29,8 @@ pub struct LiveFile {
     flags: i32,
     /// Opened with `O_SYNC` (false) or `O_DSYNC` (true): each write is synced before it returns.
     pub sync_each_write: Option<bool>,
+    /// What was written to it lately.
+    pub(super) run: Arc<Mutex<Run>>,
 }
 
 impl Drop for LiveFile {
@@ -346,6 +349,7 @@ impl LiveFile {
             mappable: flags & libc::O_ACCMODE == libc::O_RDWR,
             flags: flags & !libc::O_TRUNC,
             sync_each_write: sync_mode(flags),
+            run: Arc::default(),
         }
     }
 }

@@ -126,6 +126,12 @@ impl Engine {
         }
     }
 
+    /// Makes the journal durable as far as it guards an object.
+    pub(super) fn pay_for(&self, object: &Object) -> Result<()> {
+        let owed = object.lock().owed;
+        self.pay(owed)
+    }
+
     /// Recomputes the snapshots that pre-images are kept for, with the one being `cut`. The caller holds the lock
     /// that this comes from.
     pub(super) fn refresh_guards(&self, cut: Option<UnderCut>) {

@@ -3,6 +3,7 @@
 pub mod alone;
 pub mod attr;
 pub mod backing;
+pub mod behind;
 pub mod check;
 pub mod creds;
 pub mod dir;

@@ -456,7 +456,9 @@ fn carry_out_at_once<'f>(
     }
     // Of all of them before the first is waited for: cowfs answers one request while the next is being made. The kernel
     // finds what is dirty without a look at every page that it has (cachestat(2) does look: 5 µs for each MiB).
-    files.clone().try_for_each(sys::begin_write_back)?;
+    files
+        .clone()
+        .try_for_each(|file| sys::begin_write_back(file, 0, 0))?;
     match order {
         // What gets dirty meanwhile is for the seal.
         Order::Take => files.try_for_each(sys::wait_for_write_back),

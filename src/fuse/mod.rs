@@ -72,6 +72,8 @@ struct Adapter {
     deletions: Pool,
     /// Cuts, one after the other, so that those that wait for one hold up nothing else.
     cuts: Pool,
+    /// Where large files begin to go to the disk while they are written: nobody waits for this thread.
+    behind: Pool,
     /// Requests that an earlier server may have carried out.
     resent: Resent,
     /// The processes that flush what the kernel holds back: their opens and syncs concern its pages alone.
@@ -104,6 +106,7 @@ impl Adapter {
             blocking: Arc::new(Pool::new("blocking", BLOCKING_THREADS)?),
             deletions: Pool::new("deletion", 2)?,
             cuts: Pool::new("cut", 1)?,
+            behind: Pool::new("behind", 1)?,
             resent: Resent::new(found),
             helpers,
             gate,
@@ -143,6 +146,19 @@ impl Adapter {
             answer!(reply, done, () => reply.ok());
         };
         self.reader.crew.wait(&self.blocking, sync);
+    }
+
+    /// A write was answered: if it was part of a long run, the disk may begin with what lies behind it.
+    fn note_written(&self, file: &OpenFile, offset: u64, n: usize) {
+        let part = requests::writable(file).map(|live| live.note_written(offset, n as u64));
+        if let Ok(Some(part)) = part {
+            let engine = self.engine.clone();
+            self.behind.run(move || {
+                if let Err(error) = engine.write_behind(&part) {
+                    log::debug!("nothing is written behind: {error}");
+                }
+            });
+        }
     }
 
     /// SETATTR by which the kernel tells what earlier writes made of the times of a file that it holds writes of back

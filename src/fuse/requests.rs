@@ -373,7 +373,10 @@ impl Filesystem for Adapter {
                 drop(file);
                 answer!(reply, done, () => reply.written(n as u32));
             }),
-            (Ok((_, Some(n), false)), _) => reply.written(n as u32),
+            (Ok((file, Some(n), false)), _) => {
+                reply.written(n as u32);
+                self.note_written(&file, offset, n);
+            }
             (Ok((file, None, _)), Some(changes)) => {
                 // The payload is the request thread's, which goes on to the next request.
                 let data = data.to_vec();

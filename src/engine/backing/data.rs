@@ -3,6 +3,7 @@
 use super::{Backing, Call, Change};
 use crate::error::Result;
 use crate::ids::Ino;
+use crate::sys;
 use rustix::fd::BorrowedFd;
 use rustix::fs::SeekFrom;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
@@ -101,6 +102,12 @@ impl Backing {
         self.before(Call::Change)?;
         let mode = rustix::fs::FallocateFlags::from_bits_retain(mode as u32);
         Ok(self.made(rustix::fs::fallocate(fd, mode, offset, len))?)
+    }
+
+    /// Begins to write a part of an open file to the disk (`SYNC_FILE_RANGE_WRITE` of sync_file_range(2)).
+    pub fn begin_write_back(&self, fd: BorrowedFd<'_>, from: u64, len: u64) -> Result<()> {
+        self.before(Call::Sync)?;
+        Ok(sys::begin_write_back(fd, from, len)?)
     }
 
     /// fsync(2), or fdatasync(2).
