@@ -6,7 +6,7 @@ use super::creds::{KillPriv, Unprivileged};
 use super::handle::{LiveFile, OpenFile};
 use super::keep::Range;
 use super::nodes::{Node, NodeId, ObjectRef};
-use super::object::{Member, Object};
+use super::object::{Member, Object, SET_ID};
 use super::times::with_owed;
 use super::unsettled::can_be_synced;
 use crate::error::{Error, Result};
@@ -186,6 +186,9 @@ impl Engine {
             op.settle()?; // I1
             if let (Some(size), Some(fd)) = (set.size, writable) {
                 self.for_caller(object, fd, caller, || self.backing.truncate(fd, size))?;
+            }
+            if set.mode.is_some_and(|mode| mode & SET_ID != 0) {
+                object.without_set_id.store(false, Ordering::SeqCst);
             }
             apply(&self.backing, fd.as_fd(), set)?;
             if set.mtime.is_some() && self.times.knows(object.ino()) {

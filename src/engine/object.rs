@@ -168,7 +168,12 @@ pub struct Object {
     /// It is a new file to which no capabilities were given (capabilities(7)): the kernel asks for them at the first
     /// write to each.
     pub without_capabilities: AtomicBool,
+    /// It is known to have neither setuid nor setgid set. Changed under the object's lock.
+    pub(super) without_set_id: AtomicBool,
 }
+
+/// The bits of a mode that a change of the content by an ordinary user clears.
+pub(super) const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
 
 impl Object {
     pub(super) fn new(entry: EntryImage, now: Epoch, birth: Option<Epoch>) -> Self {
@@ -185,6 +190,7 @@ impl Object {
             retained: AtomicBool::new(false),
             pin: Mutex::new(None),
             without_capabilities: AtomicBool::new(false),
+            without_set_id: AtomicBool::new(false),
         }
     }
 

@@ -4,9 +4,10 @@ use super::Engine;
 use super::creds::{KillPriv, Unprivileged};
 use super::handle::{LiveFile, OpenFile};
 use super::keep::{Op, Range};
-use super::object::Object;
+use super::object::{Object, SET_ID};
 use crate::error::{Error, Result};
 use crate::planted::{self, Bug};
+use crate::sync::Ordering;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 
@@ -171,14 +172,21 @@ impl Engine {
         caller: Unprivileged,
         apply: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
+        // Capabilities of the file go with any change of its content, whoever makes it (`dentry_needs_remove_privs` of the
+        // kernel's fs/inode.c).
+        if object.without_set_id.load(Ordering::SeqCst) {
+            return apply();
+        }
         let before = self.backing.stat(fd)?;
+        if before.mode & SET_ID == 0 {
+            object.without_set_id.store(true, Ordering::SeqCst);
+            return apply();
+        }
         let done = {
             let _killing = KillPriv::of(caller, before.mode, before.gid);
             apply()?
         };
-        if before.mode & (libc::S_ISUID | libc::S_ISGID) != 0
-            && let Some(listener) = &*self.listener.read()
-        {
+        if let Some(listener) = &*self.listener.read() {
             listener(self.nodes.live_id(object.ino()));
         }
         Ok(done)

@@ -132,6 +132,26 @@ for who in (0, A):
     both("truncate of a file with capabilities as %d" % who, lambda d: os.truncate(d + "/f", 1), who, setup=CAP)
 both("chown of a file with capabilities", lambda d: os.chown(d + "/f", B, B), 0, setup=CAP)
 
+
+
+# Again when they are set on a file that others have written to before, and for one who has it open all the time.
+def marked_anew(mode):
+    def fn(d):
+        seen = []
+        fd = os.open(d + "/f", os.O_RDWR)
+        for _ in range(2):
+            as_user(A, lambda: os.pwrite(fd, b"x", 0))
+            seen.append(mode_alone(d + "/f"))
+            os.chmod(d + "/f", mode)
+            seen.append(mode_alone(d + "/f"))
+        as_user(A, lambda: os.ftruncate(fd, 5))
+        return seen + [mode_alone(d + "/f")]
+    return fn
+
+
+for mode in (0o4755, 0o2755, 0o6777, 0o2644):
+    both("setuid and setgid set between writes, mode %o" % mode, marked_anew(mode), setup=lambda d: touch(d + "/f", 0o666, A, A))
+
 # ACLs
 ACL = acl((1, 6, -1), (2, 6, B), (4, 0, -1), (16, 6, -1), (32, 0, -1))
 WITH = lambda d: (touch(d + "/f", 0o600, A, A), os.setxattr(d + "/f", ACL_ACCESS, ACL))
