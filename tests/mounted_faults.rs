@@ -242,6 +242,34 @@ fn a_lack_of_descriptors_costs_no_index() {
     assert!(mount.snapshot_path("s").is_dir());
 }
 
+/// The times of the root's snapshot folder, which the kernel keeps, change with the names in it, whichever folder these are
+/// changed in.
+#[test]
+fn the_times_of_the_folder_change_with_its_names() {
+    let mount = Mount::new("folder-times", LIMIT);
+    fs::create_dir(mount.mnt.join("d")).unwrap();
+    mount.snapshot("s");
+    let other = mount.mnt.join("d/.snapshots");
+    let times = || {
+        let found = fs::metadata(mount.snapshot_path("")).unwrap();
+        (found.modified().unwrap(), found.ctime_nsec())
+    };
+    let mut last = times();
+    let mut changed = |what: &str| {
+        let now = times();
+        assert_ne!(now, last, "{what}");
+        last = now;
+    };
+    fs::create_dir(other.join("t")).unwrap();
+    changed("creation");
+    fs::rename(other.join("t"), other.join("u")).unwrap();
+    changed("renaming");
+    fs::remove_dir(other.join("u")).unwrap();
+    changed("deletion");
+    mount.snapshot("v");
+    changed("creation in the folder itself");
+}
+
 /// Names of the store's own mean nothing special among snapshots.
 #[test]
 fn a_snapshot_may_have_any_name() {

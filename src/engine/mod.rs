@@ -82,7 +82,7 @@ pub struct EngineOptions {
 /// Gets what processes have written through shared mappings of the given nodes from the kernel to the engine,
 /// before a cut.
 pub type Flusher = Box<dyn Fn(&[NodeId]) -> Result<()> + Send + Sync>;
-/// Told of a live node whose mode has changed unexpectedly.
+/// Told of a node whose attributes have changed in an operation that is not expected to change them.
 pub type Listener = Box<dyn Fn(NodeId) + Send + Sync>;
 
 /// A mounted tree: live operations, snapshots, and the store behind them.
@@ -252,7 +252,7 @@ impl Engine {
         *self.barrier.write() = barrier;
     }
 
-    /// Installs what is told of a node whose mode has changed in an operation that is not expected to change it;
+    /// Installs what is told of a node whose attributes have changed in an operation that is not expected to change them;
     /// `None` drops it.
     pub fn set_listener(&self, listener: Option<Listener>) {
         *self.listener.write() = listener;

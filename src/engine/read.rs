@@ -18,6 +18,9 @@ use rustix::io::Errno;
 /// ([`Engine::open_file`]).
 const UNREADABLE: Errno = Errno::BADF;
 
+/// A read of so many bytes costs more than a look for pre-images.
+const LARGE: usize = 64 << 10;
+
 impl Engine {
     /// Reads until `buf` is full or the file ends; returns the bytes read.
     pub fn read(&self, file: &OpenFile, offset: u64, buf: &mut [u8]) -> Result<usize> {
@@ -59,6 +62,16 @@ impl Engine {
         if len == 0 {
             return Ok(Some(0));
         }
+        let (first, last) = (offset / CHUNK, (offset + len as u64 - 1) / CHUNK);
+        let has_pre_images = || -> Result<bool> {
+            let ino = at.member.entry.ino;
+            let kept = self.store.next_extent_chunk(ino, k, first)?;
+            Ok(kept.is_some_and(|chunk| chunk <= last))
+        };
+        // The long way reads again what is read here.
+        if len >= LARGE && has_pre_images()? {
+            return Ok(None);
+        }
         let n = match self.backing.read_cached(fd, offset, &mut buf[..len]) {
             Ok(Some(n)) => n,
             Ok(None) | Err(Error::Os(UNREADABLE)) => return Ok(None),
@@ -66,11 +79,7 @@ impl Engine {
         };
         buf[n..len].fill(0);
         // I3: looked up after the live bytes. Any pre-image: the long way.
-        let (first, last) = (offset / CHUNK, (offset + len as u64 - 1) / CHUNK);
-        let kept = self
-            .store
-            .next_extent_chunk(at.member.entry.ino, k, first)?;
-        Ok(kept.is_none_or(|chunk| chunk > last).then_some(len))
+        Ok((!has_pre_images()?).then_some(len))
     }
 
     fn read_member(&self, file: &MemberFile, offset: u64, buf: &mut [u8]) -> Result<usize> {

@@ -329,7 +329,7 @@ impl Engine {
             }
         }
         if !victims.is_empty() {
-            self.snapshots.touch();
+            self.folder_changed();
             self.room.given.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())

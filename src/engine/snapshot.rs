@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::attr::Attr;
-use super::nodes::{Node, NodeId, ObjectRef, folder_node};
+use super::nodes::{Node, NodeId, ObjectRef, ROOT_NODE, folder_node};
 use super::object::{Member, Numbers, Object};
 use super::room::UnderCut;
 use crate::error::{Error, Result};
@@ -288,7 +288,7 @@ impl Engine {
         if recorded.is_ok() || (there && self.store.delete_snapshot(next).is_err()) {
             // It is guarded already.
             self.snapshots.insert(info);
-            self.snapshots.touch();
+            self.folder_changed();
         } else {
             // Without its record it does not exist; what was kept for it serves older ones as well.
             self.refresh_guards(None);
@@ -376,7 +376,7 @@ impl Engine {
             log::error!("a snapshot is deleted, but not durably: {error}");
         }
         self.snapshots.remove(snapshot.info.epoch);
-        self.snapshots.touch();
+        self.folder_changed();
         self.guard_cut(None);
         self.upkeep.kick();
         deleted.map(drop)
@@ -402,7 +402,7 @@ impl Engine {
             .update_snapshot(epoch, |info| info.name = to.to_vec())?;
         self.settle(lsn)?;
         self.snapshots.update(epoch, |info| info.name = to.to_vec());
-        self.snapshots.touch();
+        self.folder_changed();
         Ok(())
     }
 
@@ -425,6 +425,20 @@ impl Engine {
         }
         self.nodes.told_folder(dir);
         self.folder_attr(dir).map(Some)
+    }
+
+    /// Whether the kernel may keep the attributes of the snapshot folder of `dir` until it is told that they have changed.
+    /// That of the root alone: it is the one that copiers go through, and always there.
+    pub fn tells_of_folder(&self, dir: &Object) -> bool {
+        dir.ino() == self.backing.root_entry().ino && !self.user_snapshots
+    }
+
+    /// The names of snapshots have changed, and with them the times of the folders.
+    pub(super) fn folder_changed(&self) {
+        self.snapshots.touch();
+        if let Some(listener) = &*self.listener.read() {
+            listener(folder_node(ROOT_NODE));
+        }
     }
 
     /// What `name` means in the snapshot folder of `dir`; the kernel is told of it.

@@ -178,8 +178,8 @@ impl Reader {
     ) {
         let found = self.node(ino).and_then(|node| {
             let file = fh.and_then(|fh| self.file(fh).ok());
-            let ttl = match node {
-                Node::Folder(_) => Duration::ZERO,
+            let ttl = match &node {
+                Node::Folder(dir) => ttl.min(self.folder_lifetime(dir)),
                 _ => ttl,
             };
             Ok((self.engine.getattr(&node, file.as_deref())?, ttl))

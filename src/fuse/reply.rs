@@ -6,7 +6,7 @@ use super::read::Reader;
 use crate::engine::attr::Attr;
 use crate::engine::dir::Line;
 use crate::engine::handle::OpenDir;
-use crate::engine::nodes::{Node, NodeId, folder_node, unreachable_node};
+use crate::engine::nodes::{Node, NodeId, ObjectRef, folder_node, unreachable_node};
 use crate::error::{Error, Result};
 use fuser::{Errno, Generation, INodeNo, ReplyDirectoryPlus, ReplyEntry, ReplyXattr};
 use std::ffi::OsStr;
@@ -25,15 +25,23 @@ macro_rules! answer {
 pub(super) use answer;
 
 impl Reader {
-    /// How long the entry and the attributes of what was found in `parent` hold. A snapshot's name may come
-    /// to mean another, and the folder's own times change.
+    /// How long the attributes and the entry of what was found in `parent` hold. A snapshot's name may come
+    /// to mean another.
     fn lifetimes(&self, parent: &Node, attr: &Attr) -> (Duration, Duration) {
         match parent {
             Node::Folder(_) => (FOREVER, Duration::ZERO),
             Node::Live(dir) if attr.node == folder_node(self.engine.nodes.live_id(dir.ino())) => {
-                (Duration::ZERO, Duration::ZERO)
+                (self.folder_lifetime(dir), self.folder_lifetime(dir))
             }
             _ => (FOREVER, FOREVER),
+        }
+    }
+
+    /// How long the attributes of the snapshot folder of `dir`, and its own name, hold: its times change, and it may go.
+    pub(super) fn folder_lifetime(&self, dir: &ObjectRef) -> Duration {
+        match self.engine.tells_of_folder(dir) {
+            true => FOREVER,
+            false => Duration::ZERO,
         }
     }
 

@@ -9,6 +9,7 @@ use super::read::Reader;
 use super::writeback::Gate;
 use super::{Adapter, BLOCKING_THREADS, REQUEST_THREADS};
 use crate::config::{CacheMode, MountConfig};
+use crate::engine::nodes::{ROOT_NODE, folder_node};
 use crate::engine::{Engine, EngineOptions, Reach};
 use crate::error::{Error, Result};
 use crate::sync::Arc;
@@ -140,12 +141,17 @@ impl Server {
         if let Some(gate) = gate {
             gate.set_notifier(notifier.clone());
         }
-        engine.set_listener(Some(Box::new(move |node| {
+        let forget = move |node| {
             // A negative offset: the attributes alone, no pages.
-            if let Err(error) = notifier.inval_inode(INodeNo(node), -1, 0) {
+            if let Err(error) = notifier.inval_inode(INodeNo(node), -1, 0)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
                 log::warn!("cannot have the kernel forget the attributes of {node}: {error}");
             }
-        })));
+        };
+        // An earlier server may have died before it did.
+        forget(folder_node(ROOT_NODE));
+        engine.set_listener(Some(Box::new(forget)));
         Ok((signals, snapshots, session))
     }
 

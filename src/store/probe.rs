@@ -16,6 +16,14 @@ impl Store {
             key::chunk(ino, chunk),
             key::after_prefix(&key::extents(ino)),
         );
+        // Mostly the first will do, and a scan takes many at once.
+        let Some((key, value)) = self.layers.first(&from, &to)? else {
+            return Ok(None);
+        };
+        let first = Piece::parse(&key, &value)?;
+        if first.label >= k {
+            return Ok(Some(first.chunk));
+        }
         let mut found = None;
         self.layers.scan(&from, &to, &mut |key, value| {
             let piece = Piece::parse(key, value)?;
