@@ -360,11 +360,12 @@ fn pre_images_are_durable_before_anything_is_written_behind() {
         };
         assert!(!engine.store().is_all_durable(), "pre-images were kept");
         failing.store(begun == 1, Ordering::SeqCst);
+        let before = asked.load(Ordering::SeqCst);
         let done = engine.write_behind(&part);
         assert_eq!(done.is_err(), begun == 1);
         failing.store(false, Ordering::SeqCst);
         begun += 1;
-        assert_eq!(asked.load(Ordering::SeqCst), begun);
+        assert!(asked.load(Ordering::SeqCst) > before);
     }
     assert!(begun >= 2, "{begun}");
     engine.fsync(&file, false).unwrap();
@@ -375,4 +376,44 @@ fn pre_images_are_durable_before_anything_is_written_behind() {
     assert_eq!(engine.read(&member, 0, &mut old).unwrap(), old.len());
     assert!(old.iter().all(|byte| *byte == 1));
     engine.close().unwrap();
+}
+
+/// Nothing waits for the disk because of a file that was closed, or holds the space of one that was removed.
+#[test]
+fn nothing_of_a_file_that_is_gone_is_written_behind() {
+    const MIB: u64 = 1 << 20;
+    for removed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("f"), "").unwrap();
+        let asked = Arc::new(AtomicU32::new(0));
+        let asks = asked.clone();
+        let options = EngineOptions {
+            faults: Some(Arc::new(move |call| {
+                asks.fetch_add(u32::from(call == Call::Sync), Ordering::SeqCst);
+                None
+            })),
+            ..options()
+        };
+        let engine = Engine::open(dir.path(), options).unwrap();
+        let node = find(&engine, root(&engine), &["f"]).unwrap();
+        let OpenFile::Live(file) = engine.open_file(&node, libc::O_RDWR).unwrap() else {
+            unreachable!("a live file");
+        };
+        let parts: Vec<_> = (0..48 * MIB)
+            .step_by(MIB as usize)
+            .filter_map(|at| {
+                engine.write(&file, at, &[2; MIB as usize], None).unwrap();
+                file.note_written(at, MIB)
+            })
+            .collect();
+        assert_eq!(parts.len(), 1, "nobody is told twice");
+        let before = asked.load(Ordering::SeqCst);
+        match removed {
+            true => engine.remove(&root(&engine), b"f", false).unwrap(),
+            false => drop(file),
+        }
+        engine.write_behind(&parts[0]).unwrap();
+        assert_eq!(asked.load(Ordering::SeqCst), before, "removed: {removed}");
+        engine.close().unwrap();
+    }
 }

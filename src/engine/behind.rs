@@ -7,7 +7,7 @@ use super::Engine;
 use super::handle::LiveFile;
 use super::nodes::ObjectRef;
 use crate::error::Result;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, Ordering};
 use rustix::fd::{AsFd, OwnedFd};
 use std::ops::Range;
 
@@ -21,11 +21,18 @@ const NEAR: u64 = 16 << 20;
 /// The end of the run that is not begun: most of what will still be written to lies there.
 const FRESH: u64 = 4 << 20;
 
-/// A part of a file that is to be begun. Does not count as an open file: who removes the file need not wait for it.
+/// A part of a file that is to be begun. Does not count as an open file.
 pub struct WriteBehind {
     object: ObjectRef,
     fd: OwnedFd,
     run: Arc<Mutex<Run>>,
+}
+
+impl WriteBehind {
+    /// Nobody waits for the disk because of a file that was closed, and the space of one that was removed is not held.
+    fn is_wanted(&self) -> bool {
+        self.object.opens.load(Ordering::SeqCst) > 0 && self.object.pin.lock().is_none()
+    }
 }
 
 /// The run of writes that follow each other in an open file.
@@ -99,12 +106,17 @@ impl Engine {
     /// Those of the journal's sync and of sync_file_range(2). Nothing is lost by them: fsync(2) begins anew.
     pub fn write_behind(&self, part: &WriteBehind) -> Result<()> {
         let Range { start, end } = part.run.lock().take();
-        if start == end {
-            return Ok(());
+        for piece in (start..end).step_by(PIECE as usize) {
+            if !part.is_wanted() {
+                break;
+            }
+            self.pay_for(&part.object)?;
+            if part.is_wanted() {
+                let len = PIECE.min(end - piece);
+                self.backing.begin_write_back(part.fd.as_fd(), piece, len)?;
+            }
         }
-        self.pay_for(&part.object)?;
-        let fd = part.fd.as_fd();
-        self.backing.begin_write_back(fd, start, end - start)
+        Ok(())
     }
 }
 

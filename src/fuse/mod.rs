@@ -73,7 +73,7 @@ struct Adapter {
     /// Cuts, one after the other, so that those that wait for one hold up nothing else.
     cuts: Pool,
     /// Where large files begin to go to the disk while they are written: nobody waits for this thread.
-    behind: Pool,
+    behind: Arc<Pool>,
     /// Requests that an earlier server may have carried out.
     resent: Resent,
     /// The processes that flush what the kernel holds back: their opens and syncs concern its pages alone.
@@ -106,7 +106,7 @@ impl Adapter {
             blocking: Arc::new(Pool::new("blocking", BLOCKING_THREADS)?),
             deletions: Pool::new("deletion", 2)?,
             cuts: Pool::new("cut", 1)?,
-            behind: Pool::new("behind", 1)?,
+            behind: Arc::new(Pool::new("behind", 1)?),
             resent: Resent::new(found),
             helpers,
             gate,
@@ -146,19 +146,6 @@ impl Adapter {
             answer!(reply, done, () => reply.ok());
         };
         self.reader.crew.wait(&self.blocking, sync);
-    }
-
-    /// A write was answered: if it was part of a long run, the disk may begin with what lies behind it.
-    fn note_written(&self, file: &OpenFile, offset: u64, n: usize) {
-        let part = requests::writable(file).map(|live| live.note_written(offset, n as u64));
-        if let Ok(Some(part)) = part {
-            let engine = self.engine.clone();
-            self.behind.run(move || {
-                if let Err(error) = engine.write_behind(&part) {
-                    log::debug!("nothing is written behind: {error}");
-                }
-            });
-        }
     }
 
     /// SETATTR by which the kernel tells what earlier writes made of the times of a file that it holds writes of back
@@ -205,6 +192,19 @@ impl Adapter {
             Some(_) => Duration::ZERO,
             None => FOREVER,
         }
+    }
+}
+
+/// A write was answered: if it was part of a long run, the disk may begin with what lies behind it.
+fn note_written(engine: &Arc<Engine>, behind: &Pool, file: &OpenFile, offset: u64, n: usize) {
+    let part = requests::writable(file).map(|live| live.note_written(offset, n as u64));
+    if let Ok(Some(part)) = part {
+        let engine = engine.clone();
+        behind.run(move || {
+            if let Err(error) = engine.write_behind(&part) {
+                log::debug!("nothing is written behind: {error}");
+            }
+        });
     }
 }
 

@@ -31,7 +31,9 @@ impl Reader {
         match parent {
             Node::Folder(_) => (FOREVER, Duration::ZERO),
             Node::Live(dir) if attr.node == folder_node(self.engine.nodes.live_id(dir.ino())) => {
-                (self.folder_lifetime(dir), self.folder_lifetime(dir))
+                // Of an inode that the kernel has not had before it could not be told that they changed meanwhile; it asks
+                // for them once more (GETATTR), and then it has it.
+                (Duration::ZERO, self.folder_lifetime(dir))
             }
             _ => (FOREVER, FOREVER),
         }

@@ -4,7 +4,7 @@ use super::convert::{decode_dev, errno, file_attr, set_time, timestamp, unprivil
 use super::read::Reader;
 use super::reply::{answer, reply_absent, reply_xattr};
 use super::writeback::Kind;
-use super::{Adapter, FOREVER, HELPER_HANDLE, flush, manages, status};
+use super::{Adapter, FOREVER, HELPER_HANDLE, flush, manages, note_written, status};
 use crate::engine::attr::{SetAttr, SetTime};
 use crate::engine::creds::Unprivileged;
 use crate::engine::handle::{LiveFile, OpenFile};
@@ -375,11 +375,11 @@ impl Filesystem for Adapter {
             }),
             (Ok((file, Some(n), false)), _) => {
                 reply.written(n as u32);
-                self.note_written(&file, offset, n);
+                note_written(&engine, &self.behind, &file, offset, n);
             }
             (Ok((file, None, _)), Some(changes)) => {
                 // The payload is the request thread's, which goes on to the next request.
-                let data = data.to_vec();
+                let (data, behind) = (data.to_vec(), self.behind.clone());
                 changes.run(move || {
                     let done = writable(&file).and_then(|live| {
                         let n = engine.write(live, offset, &data, caller)?;
@@ -388,10 +388,13 @@ impl Filesystem for Adapter {
                         }
                         Ok(n)
                     });
-                    drop(file);
                     if let Some(gate) = gate {
                         gate.note_change(ino.0);
                     }
+                    if let Ok(n) = done {
+                        note_written(&engine, &behind, &file, offset, n);
+                    }
+                    drop(file);
                     answer!(reply, done, n => reply.written(n as u32));
                 });
             }
