@@ -40,6 +40,8 @@ impl WriteBehind {
 pub(super) struct Run {
     start: u64,
     end: u64,
+    /// What was written in it: much less than its length where writes do not follow each other but lie close by chance.
+    bytes: u64,
     /// Up to where the writing to the disk has begun.
     begun: u64,
     /// Somebody was told to begin more, and has not taken it yet.
@@ -53,13 +55,16 @@ impl Run {
             *self = Self {
                 start: write.start,
                 end: write.end,
+                bytes: write.end - write.start,
                 begun: write.start,
                 told: self.told,
             };
             return false;
         }
         self.end = self.end.max(write.end);
-        let due = self.end - self.start >= LONG && self.far() >= self.begun + PIECE;
+        self.bytes += write.end - write.start;
+        let length = self.end - self.start;
+        let due = length >= LONG && self.bytes >= length / 2 && self.far() >= self.begun + PIECE;
         due && !std::mem::replace(&mut self.told, true)
     }
 
@@ -123,6 +128,8 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
 
     const MIB: u64 = 1 << 20;
 
@@ -158,6 +165,12 @@ mod tests {
         assert_eq!(begun((0..1000).map(|i| i * 7919 % 1000)), []);
         assert_eq!(begun((0..1000).map(|i| i % 30)), []);
         assert_eq!(begun((0..1000).map(|_| 3)), []);
+        // Small writes anywhere in 64 MiB, of which some follow each other closely.
+        let mut run = Run::default();
+        let mut rng = SmallRng::seed_from_u64(1);
+        let places = (0..100_000).map(|_| rng.random_range(0..64 * MIB / 4096) * 4096);
+        let told = places.filter(|at| run.note(&(*at..at + 4096))).count();
+        assert_eq!(told, 0);
     }
 
     #[test]

@@ -195,7 +195,7 @@ impl Adapter {
     }
 }
 
-/// A write was answered: if it was part of a long run, the disk may begin with what lies behind it.
+/// A write was made: if it was part of a long run, the disk may begin with what lies behind it.
 fn note_written(engine: &Arc<Engine>, behind: &Pool, file: &OpenFile, offset: u64, n: usize) {
     let part = requests::writable(file).map(|live| live.note_written(offset, n as u64));
     if let Ok(Some(part)) = part {

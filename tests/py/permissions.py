@@ -133,7 +133,6 @@ for who in (0, A):
 both("chown of a file with capabilities", lambda d: os.chown(d + "/f", B, B), 0, setup=CAP)
 
 
-
 # Again when they are set on a file that others have written to before, and for one who has it open all the time.
 def marked_anew(mode):
     def fn(d):
