@@ -143,9 +143,7 @@ impl Server {
         }
         let forget = move |node| {
             // A negative offset: the attributes alone, no pages.
-            if let Err(error) = notifier.inval_inode(INodeNo(node), -1, 0)
-                && error.kind() != std::io::ErrorKind::NotFound
-            {
+            if let Err(error) = notifier.inval_inode(INodeNo(node), -1, 0) {
                 log::warn!("cannot have the kernel forget the attributes of {node}: {error}");
             }
         };
