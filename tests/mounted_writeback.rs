@@ -10,7 +10,7 @@ mod support;
 use rustix::process::{Signal, kill_process};
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -376,4 +376,57 @@ fn unmounting_waits_for_who_is_just_closing_a_file() {
         mount.umount();
         assert!(closed.load(Ordering::SeqCst), "the mount was not busy");
     });
+}
+
+/// A file is written and removed, and a directory that gets its number moves: until told to stop. How often it did get it.
+fn give_number_on(dir: &Path, done: &AtomicBool) -> std::io::Result<u64> {
+    let (from, to, file) = (dir.join("from"), dir.join("to"), dir.join("from/file"));
+    fs::create_dir_all(&from)?;
+    fs::create_dir(&to)?;
+    let mut again = 0;
+    while !done.load(Ordering::SeqCst) {
+        fs::write(&file, [1; 3000])?;
+        let number = file.metadata()?.ino();
+        fs::remove_file(&file)?;
+        fs::create_dir(from.join("dir"))?;
+        fs::rename(from.join("dir"), to.join("dir"))?;
+        again += u64::from(to.join("dir").metadata()?.ino() == number);
+        fs::remove_dir(to.join("dir"))?;
+    }
+    Ok(again)
+}
+
+/// A cut asks for the pages of a file whose number is that of a directory by now. Neither the cut nor who uses the
+/// directory notices.
+#[test]
+fn the_number_of_a_written_file_goes_to_a_directory() {
+    let mount = writeback("wb-number");
+    let (done, mut cuts) = (AtomicBool::new(false), 0);
+    let start = std::time::Instant::now();
+    let again: u64 = std::thread::scope(|scope| {
+        let movers: Vec<_> = (0..6)
+            .map(|k| {
+                let (dir, done) = (mount.mnt.join(format!("d{k}")), &done);
+                scope.spawn(move || give_number_on(&dir, done))
+            })
+            .collect();
+        let cut = |number: u32| {
+            let path = mount.snapshot_path(number.to_string());
+            fs::create_dir(&path).and_then(|()| fs::remove_dir(&path))
+        };
+        let mut failed = None;
+        while failed.is_none()
+            && start.elapsed() < Duration::from_secs(8)
+            && !movers.iter().any(|mover| mover.is_finished())
+        {
+            failed = cut(cuts).err();
+            cuts += 1;
+        }
+        done.store(true, Ordering::SeqCst);
+        assert!(failed.is_none(), "cut {cuts}: {failed:?}");
+        let again = movers.into_iter().map(|mover| mover.join().unwrap());
+        again.map(|again| again.unwrap()).sum()
+    });
+    assert!(cuts > 100, "only {cuts} cuts");
+    assert!(again > 100, "only {again} numbers came back");
 }

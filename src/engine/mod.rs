@@ -31,7 +31,7 @@ use crate::config::{Durability, SpacePolicy};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
 use crate::store::media::Media;
-use crate::store::{self, Store, StoreOptions};
+use crate::store::{self, EntryImage, Store, StoreOptions};
 use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
 use backing::Backing;
 pub use backing::{Call, Change, Failure, Faults, Reach, Witness};
@@ -289,6 +289,18 @@ impl Engine {
     /// The root of the live tree.
     pub fn root(&self) -> ObjectRef {
         self.nodes.object(self.backing.root_entry(), None)
+    }
+
+    /// The object of an entry that was found just now; `born` as with [`Nodes::object`].
+    ///
+    /// # Errors
+    /// `ESTALE` for an entry that has been overtaken: its object is gone, and its number is that of another one.
+    fn object(&self, entry: &EntryImage, born: Option<Epoch>) -> Result<ObjectRef> {
+        if let Some(object) = self.nodes.object_unless_other(entry, born) {
+            return Ok(object);
+        }
+        let _held = self.backing.hold(entry)?;
+        Ok(self.nodes.object(entry, born))
     }
 
     /// The node behind a number. `ESTALE` for one that is not known.

@@ -14,8 +14,8 @@ use super::object::{Member, Object};
 use super::unsettled::can_be_synced;
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Epoch, Ino};
-use crate::store::EntryImage;
-use crate::sync::Ordering;
+use crate::store::{AttrImage, EntryImage};
+use crate::sync::{Arc, Ordering};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -57,7 +57,7 @@ impl Engine {
             return Ok(attr);
         }
         let found = self.find_live(dir, name)?.ok_or(Error::Os(Errno::NOENT))?;
-        let object = self.nodes.object(&found.entry, None);
+        let object = self.object(&found.entry, None)?;
         Ok(self.tell(&object, found.attr))
     }
 
@@ -67,20 +67,41 @@ impl Engine {
     /// # Errors
     /// `ESTALE` if it is gone, or was forgotten too long ago.
     pub fn recall(&self, node: NodeId) -> Result<Attr> {
-        let object = match self.node(node) {
-            Ok(Node::Live(object)) => object,
-            Ok(Node::At(_) | Node::Folder(_)) => return Err(Error::Stale),
+        match self.node(node) {
+            Ok(Node::Live(object)) => {
+                check_there(&object).map_err(|_| Error::Stale)?;
+                let image = self.backing.stat(self.object_fd(&object)?.as_fd())?;
+                Ok(self.tell(&object, image))
+            }
+            Ok(Node::At(_) | Node::Folder(_)) => Err(Error::Stale),
             Err(_) => {
                 let entry = self.nodes.forgotten(node).ok_or(Error::Stale)?;
-                let object = self.nodes.object(&entry, None);
+                let (object, image) = self.take_up(&entry)?;
                 // Removed since: no longer one of the live tree.
                 self.nodes.forgotten(node).ok_or(Error::Stale)?;
-                object
+                check_there(&object).map_err(|_| Error::Stale)?;
+                Ok(self.tell(&object, image))
             }
-        };
-        check_there(&object).map_err(|_| Error::Stale)?;
-        let image = self.backing.stat(self.object_fd(&object)?.as_fd())?;
-        Ok(self.tell(&object, image))
+        }
+    }
+
+    /// The object of an entry that may be gone, and whose number may be that of another one by now.
+    ///
+    /// # Errors
+    /// `ESTALE` then.
+    fn take_up(&self, entry: &EntryImage) -> Result<(ObjectRef, AttrImage)> {
+        // While it is held its number stays its own: in the table it would take the place of its successor.
+        let held = self.backing.hold(entry)?;
+        let object = self.nodes.object(entry, None);
+        match self.backing.stat(held.as_fd()) {
+            Ok(image) if image.nlink > 0 => Ok((object, image)),
+            // Removed before it was in the table again, so that its removal did not see to its number.
+            gone => {
+                *object.pin.lock() = Some(Arc::new(held));
+                self.backing.drop_path(entry.ino);
+                Err(gone.err().unwrap_or(Error::Stale))
+            }
+        }
     }
 
     /// The directory that holds the live directory `dir`, for the same; the kernel is told of it.
@@ -93,10 +114,17 @@ impl Engine {
             _ => return Err(Error::Stale),
         };
         check_there(dir).map_err(|_| Error::Stale)?;
-        let found = self.backing.find(self.object_fd(dir)?.as_fd(), b"..")?;
-        let found = found.ok_or(Error::Stale)?;
-        let object = self.nodes.object(&found.entry, None);
-        Ok(self.tell(&object, found.attr))
+        let fd = self.object_fd(dir)?;
+        let find = || self.backing.find(fd.as_fd(), b"..")?.ok_or(Error::Stale);
+        loop {
+            let entry = find()?.entry;
+            let (object, image) = self.take_up(&entry)?;
+            check_there(dir).map_err(|_| Error::Stale)?;
+            // The kernel holds no lock that keeps it there: one that has become empty may have been removed since.
+            if find()?.entry == entry {
+                return Ok(self.tell(&object, image));
+            }
+        }
     }
 
     /// The object that `name` means in a live directory, without telling the kernel of it.
@@ -198,7 +226,7 @@ impl Engine {
             }
             Err(Error::Os(Errno::EXIST)) if flags & libc::O_EXCL == 0 => {
                 let found = self.find_live(&dir, name)?.ok_or(Error::Os(Errno::NOENT))?;
-                let object = self.nodes.object(&found.entry, None);
+                let object = self.object(&found.entry, None)?;
                 let file = self.open_live(&object, flags)?;
                 Ok((self.tell(&object, found.attr), file))
             }
@@ -241,7 +269,7 @@ impl Engine {
         }
         self.backing.note_place(dir.ino(), name, found.entry.ino);
         let birth = op.born(dir, found.entry.ino);
-        let object = self.nodes.object(&found.entry, Some(birth));
+        let object = self.object(&found.entry, Some(birth))?;
         Ok((object, found))
     }
 
@@ -286,7 +314,7 @@ impl Engine {
             let found = self
                 .find_live(dir, name)?
                 .ok_or_else(|| self.absent(name))?;
-            let child = self.nodes.object(&found.entry, None);
+            let child = self.object(&found.entry, None)?;
             if child.is_dir() != directory {
                 return Err(if directory {
                     Errno::NOTDIR
@@ -413,10 +441,11 @@ impl Engine {
             let moved = self
                 .find_live(from_dir, from)?
                 .ok_or_else(|| self.absent(from))?;
-            let moved = self.nodes.object(&moved.entry, None);
+            let moved = self.object(&moved.entry, None)?;
             let target = self
                 .find_live(to_dir, to)?
-                .map(|found| self.nodes.object(&found.entry, None));
+                .map(|found| self.object(&found.entry, None))
+                .transpose()?;
             let places = Places {
                 from_dir,
                 from,

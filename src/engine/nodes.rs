@@ -190,21 +190,28 @@ impl Nodes {
         }
     }
 
-    /// The object of `entry`, loaded if it was not known. `born` is its birth if it was created just now.
+    /// The object of `entry`, loaded if it was not known. `born` is its birth if it was created just now. Another object
+    /// that had its number is none any more.
     pub fn object(self: &Arc<Self>, entry: &EntryImage, born: Option<Epoch>) -> ObjectRef {
+        loop {
+            if let Some(object) = self.object_unless_other(entry, born) {
+                return object;
+            }
+            self.discard_other(entry);
+        }
+    }
+
+    /// As [`Self::object`]; `None` if another object is known by its number.
+    pub fn object_unless_other(
+        self: &Arc<Self>,
+        entry: &EntryImage,
+        born: Option<Epoch>,
+    ) -> Option<ObjectRef> {
         let node = self.live_id(entry.ino);
         let mut shard = self.shard(node).lock();
         if let Some(Slot::Live(object)) = shard.get(&node) {
-            if object.entry.handle == entry.handle {
-                return self.wrap(object.clone());
-            }
-            // Only a change of the backing directory behind the mount's back can bring this about.
-            log::warn!(
-                "inode {} changed behind the mount: another object has its number",
-                entry.ino
-            );
-            // The next daemon is not to take the one for the other.
-            self.note(&object.noted, Aspect::Live, &object.entry, 0);
+            let same = object.entry.handle == entry.handle;
+            return same.then(|| self.wrap(object.clone()));
         }
         // The epoch is read under the shard's lock: an earlier value of the same object, gone from the table
         // by now, kept nothing labelled later.
@@ -213,7 +220,30 @@ impl Nodes {
         if shard.insert(node, Slot::Live(object.clone())).is_none() {
             self.known.fetch_add(1, Ordering::Relaxed);
         }
-        self.wrap(object)
+        Some(self.wrap(object))
+    }
+
+    /// Takes the object that is not that of `entry` and has its number out of the table.
+    fn discard_other(&self, entry: &EntryImage) {
+        let node = self.live_id(entry.ino);
+        let mut shard = self.shard(node).lock();
+        let Some(Slot::Live(object)) = shard.get(&node) else {
+            return;
+        };
+        if object.entry.handle == entry.handle {
+            return;
+        }
+        // Only a change of the backing directory behind the mount's back can bring this about.
+        log::warn!(
+            "inode {} changed behind the mount: another object has its number",
+            entry.ino
+        );
+        // The next daemon is not to take the one for the other.
+        self.note(&object.noted, Aspect::Live, &object.entry, 0);
+        let other = take(&mut shard, node);
+        drop(shard);
+        drop(other);
+        self.known.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Notes that the kernel is told of a live object once more.
@@ -353,7 +383,7 @@ impl Nodes {
                 if left == 0 && !object.retained.load(Ordering::SeqCst) {
                     self.recalled.lock().insert(node, object.entry.clone());
                 }
-                left == 0 && object.uses.load(Ordering::SeqCst) == 0
+                is_unknown(object)
             }
             Some(Slot::At(member)) => {
                 // Counted under the shard's lock alone.
@@ -384,16 +414,19 @@ impl Nodes {
         let mut shard = self.shard(node).lock();
         let ours =
             matches!(shard.get(&node), Some(Slot::Live(known)) if Arc::ptr_eq(known, object));
-        if ours
-            && object.lookups.load(Ordering::SeqCst) == 0
-            && object.uses.load(Ordering::SeqCst) == 0
-        {
+        if ours && is_unknown(object) {
             let slot = take(&mut shard, node);
             drop(shard);
             drop(slot);
             self.known.fetch_sub(1, Ordering::Relaxed);
         }
     }
+}
+
+/// Whether neither the kernel nor an operation knows an object. To be asked under the lock of its shard, where no new use
+/// of it begins. Uses are read first: the kernel is told of an object by one who uses it, and is not told any more then.
+fn is_unknown(object: &Object) -> bool {
+    object.uses.load(Ordering::SeqCst) == 0 && object.lookups.load(Ordering::SeqCst) == 0
 }
 
 /// Removes a node, and gives back the room of many that have gone before it.

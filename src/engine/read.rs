@@ -258,12 +258,13 @@ impl Engine {
     fn read_target(&self, entry: &EntryImage) -> Result<Vec<u8>> {
         if !self.backing.keeps_atime() {
             // Reading changes its access time, and no flag prevents that.
+            let held = self.backing.hold(entry)?;
             let object = self.nodes.object(entry, None);
             return self.with_room(0, || {
                 let mut op = self.begin(&[&object]);
                 op.keep_attr(&object)?;
                 op.settle()?; // I1
-                self.backing.read_link(self.object_fd(&object)?.as_fd())
+                self.backing.read_link(held.as_fd())
             });
         }
         self.backing.read_link(self.backing.path_fd(entry)?.as_fd())

@@ -489,7 +489,8 @@ fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
     let words = [high, low, 0].map(u32::to_ne_bytes);
     let handle = words.concat();
     match sys::open_by_handle(dir.as_fd(), FILEID_INO64_GEN, &handle, OFlags::RDONLY) {
-        Err(Errno::PERM | Errno::STALE) => {}
+        // The last is what the kernel has for a number that is that of a directory by now and changes its place.
+        Err(Errno::PERM | Errno::STALE | Errno::NOMEM) => {}
         other => return other,
     }
     let name = format!("{NODE_NAME}{node:x}");

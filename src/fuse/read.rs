@@ -9,6 +9,7 @@ use super::reply::{answer, reply_absent, reply_xattr};
 use super::status::hidden_xattr;
 use crate::engine::Engine;
 use crate::engine::attr::Attr;
+use crate::engine::backing::kind_of_mode;
 use crate::engine::dir::Line;
 use crate::engine::handle::{HandleId, Handles, OpenDir, OpenFile};
 use crate::engine::nodes::{Node, Nodes, ROOT_NODE};
@@ -162,6 +163,19 @@ impl Reader {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// As [`Self::look_up`] of a node by itself, for the helper, which asks for a file that had pages and whose number may
+    /// be that of anything by now. Of a directory the kernel would go on to look for the place, with locks that are held by
+    /// writers whose requests wait for the cut, and move it to where it is found: their renames meet `ESTALE` then
+    /// (`__d_unalias` of the kernel's fs/dcache.c).
+    pub(super) fn recall_file(&self, node: INodeNo) -> Result<(Node, Option<Attr>)> {
+        let attr = self.engine.recall(node.0)?;
+        if kind_of_mode(attr.image.mode) == libc::DT_REG {
+            return Ok((self.root.clone(), Some(attr)));
+        }
+        self.nodes.forget(attr.node, 1);
+        Err(Error::Stale)
     }
 
     pub(super) fn forget(&self, ino: INodeNo, nlookup: u64) {

@@ -60,15 +60,16 @@ impl Reader {
         reply.entry_with_ttls(&attr_ttl.min(ttl), &entry_ttl, &shown, Generation(0));
     }
 
-    /// Answers with a live node that is known, under a name that holds for this once.
+    /// Answers with a live file that is known, under a name that holds for this once. With nothing else: a directory would
+    /// be moved to that name in the kernel's memory ([`Self::recall_file`]).
     pub(super) fn reply_node(&self, reply: ReplyEntry, node: NodeId) {
         let attr = self.engine.node(node).and_then(|found| match &found {
-            Node::Live(object) => {
+            Node::Live(object) if object.entry.kind == libc::DT_REG => {
                 let attr = self.engine.getattr(&found, None)?;
                 self.engine.nodes.told(object);
                 Ok(attr)
             }
-            Node::At(_) | Node::Folder(_) => Err(Error::Stale),
+            _ => Err(Error::Stale),
         });
         answer!(reply, attr, attr => {
             let shown = file_attr(&attr, attr.node);

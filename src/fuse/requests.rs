@@ -43,22 +43,28 @@ impl Filesystem for Adapter {
         {
             return self.reader.reply_node(reply, node);
         }
-        let Some(gate) = &self.gate else {
-            return self.reader.lookup(parent, name, reply);
+        let found = match name.as_bytes() {
+            b"." if self.is_helper(req) => self.reader.recall_file(parent),
+            _ => self.reader.look_up(parent, name),
         };
-        match self.reader.look_up(parent, name) {
-            Err(error) => reply.error(errno(&error)),
-            Ok((_, None)) => reply_absent(reply),
-            Ok((parent, Some(attr))) => {
+        let (parent, attr) = match found {
+            Ok((parent, Some(attr))) => (parent, attr),
+            Ok((_, None)) => return reply_absent(reply),
+            Err(error) => return reply.error(errno(&error)),
+        };
+        match &self.gate {
+            None => self.reader.reply_entry_for(reply, &parent, &attr, FOREVER),
+            Some(gate) if self.is_helper(req) => {
+                // It asks on behalf of a seal.
+                let ttl = gate.helpers_ttl();
+                self.reader.reply_entry_for(reply, &parent, &attr, ttl);
+            }
+            Some(gate) => {
                 let (reader, node) = (self.reader.clone(), attr.node);
                 let kind = move || Kind::Attributes {
                     node,
                     of_write: false,
                 };
-                if self.is_helper(req) {
-                    // It asks on behalf of a seal.
-                    return reader.reply_entry_for(reply, &parent, &attr, gate.helpers_ttl());
-                }
                 gate.pass(kind, move |ttl| {
                     reader.reply_entry_for(reply, &parent, &attr, ttl)
                 });

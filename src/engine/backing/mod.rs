@@ -419,6 +419,19 @@ impl Backing {
         Ok(fd)
     }
 
+    /// Opens the very object of an entry. While that is open, the object is not gone and no other one gets its number.
+    ///
+    /// # Errors
+    /// `ESTALE` if it is gone, or if its number is not that of the entry.
+    pub fn hold(&self, entry: &EntryImage) -> Result<OwnedFd> {
+        let fd = self.open_object(entry, OFlags::PATH)?;
+        if statx(fd.as_fd(), c"")?.stx_ino == entry.ino.0 {
+            Ok(fd)
+        } else {
+            Err(Error::Stale)
+        }
+    }
+
     /// Forgets the cached descriptor of an object whose inode may be freed.
     pub fn drop_path(&self, ino: Ino) {
         self.paths.lock().remove(&ino);

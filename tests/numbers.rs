@@ -1,0 +1,58 @@
+//! Inode numbers that the backing filesystem gives a second time, on the engine without a mount.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+#[path = "support/drive.rs"]
+mod drive;
+
+use cowfs::engine::Engine;
+use cowfs::engine::creds::Caller;
+use cowfs::engine::names::Make;
+use cowfs::sync::{AtomicBool, AtomicU64, Ordering};
+use drive::{options, root};
+use std::collections::BTreeSet;
+
+/// Who holds a handle of a removed object asks for its number (open_by_handle_at(2)) while a new object gets it: the new
+/// one stays known.
+#[test]
+fn a_number_that_is_asked_for_while_it_gets_a_new_object() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::open(dir.path(), options()).unwrap();
+    let before = engine.nodes.count();
+    let (number, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    let mut seen = BTreeSet::new();
+    let mut again = 0;
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    let node = number.load(Ordering::SeqCst);
+                    if engine.recall(node).is_ok() {
+                        engine.nodes.forget(node, 1);
+                    }
+                }
+            });
+        }
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for round in 0..20_000 {
+                let make = Make::Directory(0o755);
+                let made = engine
+                    .make(&root(&engine), b"d", make, Caller::ROOT)
+                    .unwrap();
+                number.store(made.node, Ordering::SeqCst);
+                again += u32::from(!seen.insert(made.node));
+                for _ in 0..3 {
+                    let node = engine.node(made.node);
+                    assert!(node.is_ok(), "round {round}: {:?}", node.err());
+                    let known = engine.getattr(&node.unwrap(), None);
+                    assert!(known.is_ok(), "getattr, round {round}: {:?}", known.err());
+                }
+                engine.remove(&root(&engine), b"d", true).unwrap();
+                engine.nodes.forget(made.node, 1);
+            }
+        }));
+        done.store(true, Ordering::SeqCst);
+        result.unwrap();
+    });
+    assert!(again > 1000, "the filesystem gave no number twice: {again}");
+    assert_eq!(engine.nodes.count(), before);
+}
