@@ -182,6 +182,11 @@ fn handles() {
 }
 
 #[test]
+fn two_ways() {
+    own("two_ways");
+}
+
+#[test]
 fn locks() {
     own("locks");
 }

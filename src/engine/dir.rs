@@ -4,7 +4,7 @@ use super::Engine;
 use super::attr::Attr;
 use super::backing::{Call, HIDDEN};
 use super::handle::OpenDir;
-use super::nodes::{Node, Nodes, ObjectRef, folder_node, lost_node, snapshot_node};
+use super::nodes::{Node, Nodes, ObjectRef, folder_node};
 use super::object::Member;
 use super::view::OpenSnapshot;
 use crate::error::Result;
@@ -236,10 +236,7 @@ impl Engine {
             let epoch = snapshot.info.epoch;
             lines.push(Line {
                 name: snapshot.info.name.clone(),
-                ino: match snapshot.is_invalid() {
-                    false => snapshot_node(epoch, dir.ino()),
-                    true => lost_node(epoch, dir.ino()),
-                },
+                ino: self.numbers_through(dir, &snapshot).node(epoch, dir.ino()),
                 kind: libc::DT_DIR,
                 next: epoch.0 + 2,
             });

@@ -51,8 +51,13 @@ impl Slot {
 pub enum Aspect {
     /// The live object.
     Live,
-    /// Its state in a snapshot.
-    At(Epoch),
+    /// Its state in a snapshot, reached through the snapshot folder of this directory or, with none, of the root.
+    At {
+        /// The snapshot.
+        epoch: Epoch,
+        /// The directory.
+        through: Option<Ino>,
+    },
     /// The snapshot folder of a live directory.
     Folder,
 }
@@ -386,15 +391,18 @@ const INTENT: u8 = 4;
 const LIVE: u64 = 0;
 const FOLDER: u64 = u64::MAX;
 
+/// With the longest handle and one number after it.
+const MOST_WORDS: usize = (FIXED + LONGEST_HANDLE) / WORD + 1;
+
 /// The words of a slot, as numbers.
 struct Words {
-    all: [u64; (FIXED + LONGEST_HANDLE) / WORD],
+    all: [u64; MOST_WORDS],
     count: usize,
 }
 
 impl Words {
     fn new(bytes: [u8; 4], word: u32, numbers: [u64; 3]) -> Self {
-        let mut all = [0; (FIXED + LONGEST_HANDLE) / WORD];
+        let mut all = [0; MOST_WORDS];
         all[0] = u64::from(u32::from_le_bytes(bytes)) | u64::from(word) << 32;
         all[1..4].copy_from_slice(&numbers);
         Self {
@@ -403,7 +411,7 @@ impl Words {
         }
     }
 
-    /// Appends the bytes of a handle.
+    /// Appends bytes, filled up to whole words.
     fn with(mut self, bytes: &[u8]) -> Self {
         for part in bytes.chunks(WORD) {
             let mut word = [0; WORD];
@@ -421,18 +429,22 @@ impl Words {
 
 fn encode_node(node: &KnownNode) -> Option<Words> {
     let handle = &node.entry.handle;
-    let snapshot = match node.aspect {
-        Aspect::Live => LIVE,
-        Aspect::At(epoch) => epoch.0,
-        Aspect::Folder => FOLDER,
+    let (snapshot, through) = match node.aspect {
+        Aspect::Live => (LIVE, None),
+        Aspect::At { epoch, through } => (epoch.0, through),
+        Aspect::Folder => (FOLDER, None),
     };
     let length = u8::try_from(handle.bytes.len()).ok()?;
     if usize::from(length) > LONGEST_HANDLE {
         return None;
     }
-    let bytes = [NODE, node.entry.kind, length, 0];
+    let bytes = [NODE, node.entry.kind, length, u8::from(through.is_some())];
     let numbers = [node.entry.ino.0, snapshot, node.lookups];
-    Some(Words::new(bytes, handle.kind as u32, numbers).with(&handle.bytes))
+    let words = Words::new(bytes, handle.kind as u32, numbers).with(&handle.bytes);
+    Some(match through {
+        Some(dir) => words.with(&dir.0.to_le_bytes()),
+        None => words,
+    })
 }
 
 fn encode_handle(handle: &KnownHandle) -> Words {
@@ -459,7 +471,16 @@ fn decode(bytes: &[u8]) -> Option<Record> {
             aspect: match field(1)? {
                 LIVE => Aspect::Live,
                 FOLDER => Aspect::Folder,
-                epoch => Aspect::At(Epoch(epoch)),
+                epoch => Aspect::At {
+                    epoch: Epoch(epoch),
+                    through: match bytes[3] {
+                        0 => None,
+                        _ => {
+                            let at = FIXED + usize::from(bytes[2]).next_multiple_of(WORD);
+                            Some(Ino(number(bytes, at)?))
+                        }
+                    },
+                },
             },
             entry: EntryImage {
                 ino: Ino(field(0)?),
@@ -513,8 +534,14 @@ mod tests {
     fn what_was_written_is_found_by_the_next() {
         let first = Inventory::create(&node(1, Aspect::Live).entry.handle).unwrap();
         let a = first.add_node(&node(1, Aspect::Live)).unwrap();
-        let b = first.add_node(&node(2, Aspect::At(Epoch(7)))).unwrap();
+        let at = |through| Aspect::At {
+            epoch: Epoch(7),
+            through,
+        };
+        let b = first.add_node(&node(2, at(None))).unwrap();
         let folder = first.add_node(&node(3, Aspect::Folder)).unwrap();
+        let shown = [node(6, at(None)), node(7, at(Some(Ino(1 << 60))))];
+        let places = [0, 1].map(|which: usize| first.add_node(&shown[which]).unwrap());
         let file = KnownHandle {
             id: 9,
             node: 1,
@@ -537,7 +564,14 @@ mod tests {
             lookups: 5,
             ..node(1, Aspect::Live)
         };
-        assert_eq!(found.nodes, [(a, told), (folder, node(3, Aspect::Folder))]);
+        let [root, through] = shown;
+        let all = [
+            (a, told),
+            (folder, node(3, Aspect::Folder)),
+            (places[0], root),
+            (places[1], through),
+        ];
+        assert_eq!(found.nodes, all);
         assert_eq!(found.handles, [(open, file)]);
         assert_eq!(found.intents, [(noted, intent)]);
         // What was free or done with is used again, and nothing else.
@@ -549,7 +583,7 @@ mod tests {
         assert!(
             again
                 .iter()
-                .all(|slot| ![a, folder, open, noted].contains(slot))
+                .all(|slot| ![a, folder, places[0], places[1], open, noted].contains(slot))
         );
     }
 

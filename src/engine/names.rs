@@ -71,6 +71,10 @@ impl Engine {
             Ok(Node::Live(object)) => {
                 check_there(&object).map_err(|_| Error::Stale)?;
                 let image = self.backing.stat(self.object_fd(&object)?.as_fd())?;
+                // The kernel does not ask for what it knows: it has forgotten the object, and has yet to say so.
+                if image.nlink == 0 {
+                    return Err(Error::Stale);
+                }
                 Ok(self.tell(&object, image))
             }
             Ok(Node::At(_) | Node::Folder(_)) => Err(Error::Stale),

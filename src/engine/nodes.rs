@@ -47,11 +47,25 @@ pub fn snapshot_node(k: Epoch, ino: Ino) -> NodeId {
     if ino.0 < INO_LIMIT && k.0 < EPOCH_LIMIT {
         return SNAPSHOT_BIT | k.0 << 40 | ino.0;
     }
-    // The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits, cut to 61.
-    let mut x = ino.0 ^ k.0.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    SNAPSHOT_BIT | MIXED_BIT | (mixed(k, ino) & (MIXED_BIT - 1))
+}
+
+/// The node of an object in snapshot `k` that is reached through the snapshot folder of the directory `through`, which is
+/// not the root. One of its own: the kernel lets a directory have one place (`d_splice_alias` of its fs/dcache.c), and
+/// would move it to and fro between that and the one below the root's folder.
+pub fn node_through(through: Ino, k: Epoch, ino: Ino) -> NodeId {
+    SNAPSHOT_BIT | MIXED_BIT | (mix(mixed(k, ino) ^ through.0) & (MIXED_BIT - 1))
+}
+
+fn mixed(k: Epoch, ino: Ino) -> u64 {
+    mix(ino.0 ^ k.0.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+/// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits.
+fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    SNAPSHOT_BIT | MIXED_BIT | ((x ^ (x >> 31)) & (MIXED_BIT - 1))
+    x ^ (x >> 31)
 }
 
 /// The node of the snapshot folder of the live directory with node `dir`.
@@ -284,9 +298,10 @@ impl Nodes {
                 object.lookups.store(known.lookups, Ordering::SeqCst);
                 object.noted.set(Some(slot));
             }
-            Aspect::At(epoch) => {
+            Aspect::At { epoch, through } => {
                 let up = snapshot_node(epoch, self.root);
-                let member = Member::new(epoch, known.entry.clone(), Numbers::Apart, up);
+                let numbers = through.map_or(Numbers::Apart, Numbers::Through);
+                let member = Member::new(epoch, known.entry.clone(), numbers, up);
                 member.lookups.store(known.lookups, Ordering::Relaxed);
                 member.noted.set(Some(slot));
                 self.put(member.node(), Slot::At(Arc::new(member)));
@@ -328,8 +343,7 @@ impl Nodes {
             Slot::At(member) => {
                 let lookups = member.lookups.fetch_add(1, Ordering::Relaxed) + 1;
                 member.up.store(up, Ordering::Relaxed);
-                let aspect = Aspect::At(member.snapshot);
-                self.note(&member.noted, aspect, &member.entry, lookups);
+                self.note(&member.noted, member.aspect(), &member.entry, lookups);
             }
             _ => unreachable!(
                 "the top bit of a node number tells its kind, and a mounted snapshot has one kind alone"
@@ -389,8 +403,7 @@ impl Nodes {
                 // Counted under the shard's lock alone.
                 let left = member.lookups.load(Ordering::Relaxed).saturating_sub(count);
                 member.lookups.store(left, Ordering::Relaxed);
-                let aspect = Aspect::At(member.snapshot);
-                self.note(&member.noted, aspect, &member.entry, left);
+                self.note(&member.noted, member.aspect(), &member.entry, left);
                 left == 0
             }
             Some(Slot::Folder(folder)) => {

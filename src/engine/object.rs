@@ -1,7 +1,7 @@
 //! Objects in memory: what is known of a file of the live tree, and of one in a snapshot.
 
-use super::inventory;
-use super::nodes::{NodeId, ROOT_NODE, live_node, lost_node, snapshot_node};
+use super::inventory::{self, Aspect};
+use super::nodes::{NodeId, ROOT_NODE, live_node, lost_node, node_through, snapshot_node};
 use crate::ids::{CHUNK_BLOCKS, Epoch, Ino, Lsn};
 use crate::store::EntryImage;
 use crate::sync::{
@@ -230,14 +230,30 @@ impl Object {
 /// Which numbers the objects of a snapshot have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Numbers {
-    /// Their own, apart from those of the live tree and of every other snapshot: reached through the live mount.
+    /// Their own, apart from those of the live tree and of every other snapshot: reached through the snapshot folder of
+    /// the live mount's root.
     Apart,
+    /// Apart from those as well: reached through the snapshot folder of this directory.
+    Through(Ino),
     /// Those of the live tree, whose root directory is this object: the snapshot is mounted by itself.
     OfLive(Ino),
     /// That of an invalid snapshot's directory in a snapshot folder, which is all that is left of it. It differs
     /// from the one before, so that the kernel lets go of everything that it knew beneath that.
     Lost,
 }
+
+impl Numbers {
+    /// The node of object `ino` of snapshot `k`.
+    pub fn node(self, k: Epoch, ino: Ino) -> NodeId {
+        match self {
+            Self::Apart => snapshot_node(k, ino),
+            Self::Through(dir) => node_through(dir, k, ino),
+            Self::OfLive(root) => live_node(ino, root),
+            Self::Lost => lost_node(k, ino),
+        }
+    }
+}
+
 /// A locked object.
 pub type ObjectGuard<'a> = MappedMutexGuard<'a, Kept>;
 
@@ -273,10 +289,17 @@ impl Member {
 
     /// The node of object `ino` of the same snapshot, numbered in the same way.
     pub fn node_of(&self, ino: Ino) -> NodeId {
-        match self.numbers {
-            Numbers::Apart => snapshot_node(self.snapshot, ino),
-            Numbers::OfLive(root) => live_node(ino, root),
-            Numbers::Lost => lost_node(self.snapshot, ino),
+        self.numbers.node(self.snapshot, ino)
+    }
+
+    /// What the inventory says of it.
+    pub(super) fn aspect(&self) -> Aspect {
+        Aspect::At {
+            epoch: self.snapshot,
+            through: match self.numbers {
+                Numbers::Through(dir) => Some(dir),
+                Numbers::Apart | Numbers::OfLive(_) | Numbers::Lost => None,
+            },
         }
     }
 

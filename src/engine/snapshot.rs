@@ -5,6 +5,7 @@ use super::attr::Attr;
 use super::nodes::{Node, NodeId, ObjectRef, ROOT_NODE, folder_node};
 use super::object::{Member, Numbers, Object};
 use super::room::UnderCut;
+use super::view::Snapshot;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
 use crate::store::{AttrImage, SnapshotInfo, SnapshotState, Timestamp};
@@ -451,14 +452,22 @@ impl Engine {
         }
         let up = folder_node(self.nodes.live_id(dir.ino()));
         let epoch = snapshot.info.epoch;
-        let numbers = match snapshot.is_invalid() {
-            false => Numbers::Apart,
-            true => Numbers::Lost,
-        };
+        let numbers = self.numbers_through(dir, &snapshot);
         let member = Member::new(epoch, dir.entry.clone(), numbers, up);
         let attr = self.attr_of_member(&member)?;
         self.nodes.told_member(member);
         Ok(attr)
+    }
+
+    /// How what a snapshot shows is numbered where it is reached through the snapshot folder of `dir`.
+    pub(super) fn numbers_through(&self, dir: &Object, snapshot: &Snapshot) -> Numbers {
+        if snapshot.is_invalid() {
+            Numbers::Lost
+        } else if dir.ino() == self.backing.root_entry().ino {
+            Numbers::Apart
+        } else {
+            Numbers::Through(dir.ino())
+        }
     }
 
     /// What stands for an invalid snapshot, so that it can be listed, asked about and deleted: a directory that
@@ -468,7 +477,7 @@ impl Engine {
         let root = match member.numbers {
             Numbers::Lost => true,
             Numbers::OfLive(root) => root == member.entry.ino,
-            Numbers::Apart => false,
+            Numbers::Apart | Numbers::Through(_) => false,
         };
         (root && snapshot.is_invalid()).then(|| Attr {
             node: member.node(),
@@ -502,7 +511,7 @@ impl Engine {
     }
 
     /// The directory `dir` in the snapshot called `name`.
-    pub fn snapshot_named(&self, name: &[u8]) -> Option<Arc<super::view::Snapshot>> {
+    pub fn snapshot_named(&self, name: &[u8]) -> Option<Arc<Snapshot>> {
         self.snapshots.named(name)
     }
 }

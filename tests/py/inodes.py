@@ -76,7 +76,16 @@ try:
     c.equal([], os.listdir(c.work + "/young/.snapshots"), "a directory that is in no snapshot shows none")
 except FileNotFoundError:
     pass  # as good: there is nothing to show
-c.equal(numbers(c.at(s1, "d0")), numbers(c.work + "/d0/.snapshots/" + s1), "d0/.snapshots/S is S/d0")
+ways = c.at(s1, "d0"), c.work + "/d0/.snapshots/" + s1
+below, through = map(numbers, ways)
+c.equal(sorted(below), sorted(through), "d0/.snapshots/S is S/d0")
+c.ok(not set(below.values()) & set(through.values()), "with numbers of its own")
+c.equal(len(through), len(set(through.values())), "one for each object")
+for e in os.scandir(ways[1]):
+    c.equal(os.lstat(e.path).st_ino, e.inode(), "readdir and stat agree on the number of %s there" % e.name)
+c.equal(os.lstat(ways[1] + "/.").st_ino, os.lstat(ways[1] + "/e/..").st_ino, "'..' there")
+c.remount()
+c.equal([below, through], [numbers(way) for way in ways], "both stay after a remount")
 c.ok(os.path.isdir(hidden) and os.path.isdir(os.path.join(hidden, s1)), ".snapshots and a snapshot are directories")
 found = subprocess.run(["find", c.mnt], capture_output=True, text=True).stdout
 c.ok("/.snapshots" not in found, "find does not descend into .snapshots")
