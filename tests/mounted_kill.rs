@@ -10,6 +10,7 @@ mod support;
 use rustix::fs::{CWD, RenameFlags, XattrFlags};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -97,6 +98,42 @@ fn a_killed_server_is_replaced_and_nobody_sees_an_error() {
 #[test]
 fn a_killed_server_with_writeback_is_replaced_and_nobody_sees_an_error() {
     replaced("cache=writeback");
+}
+
+/// What is open in a snapshot, by either way into it, stays so.
+#[test]
+fn a_killed_server_is_replaced_under_readers_of_snapshots() {
+    let mount = Mount::new("takeover-read", Duration::from_secs(120));
+    fs::create_dir_all(mount.mnt.join("d/e")).unwrap();
+    fs::write(mount.mnt.join("d/e/f"), b"kept").unwrap();
+    fs::write(mount.mnt.join("d/other"), b"other").unwrap();
+    let root = mount.snapshot("s");
+    fs::write(mount.mnt.join("d/e/f"), b"now").unwrap();
+    fs::remove_file(mount.mnt.join("d/other")).unwrap();
+    let ways = [root.join("d"), mount.mnt.join("d/.snapshots/s")];
+    let open = ways.each_ref().map(|way| {
+        let file = fs::File::open(way.join("e/f")).unwrap();
+        let number = file.metadata().unwrap().ino();
+        (fs::File::open(way).unwrap(), file, number)
+    });
+    for _ in 0..3 {
+        mount.kill_server();
+        for (way, (dir, file, number)) in ways.iter().zip(&open) {
+            let mut bytes = [0; 4];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            assert_eq!(&bytes, b"kept", "{}", way.display());
+            assert_eq!(file.metadata().unwrap().ino(), *number);
+            // Names that the kernel has, and one that it asks for.
+            let through = |name: &str| format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
+            assert_eq!(fs::read(through("e/f")).unwrap(), b"kept");
+            assert_eq!(fs::read(through("other")).unwrap(), b"other");
+            assert_eq!(fs::metadata(through("e/f")).unwrap().ino(), *number);
+            assert_eq!(fs::read_dir(through("")).unwrap().count(), 2);
+            assert_eq!(fs::read(way.join("e/f")).unwrap(), b"kept");
+        }
+    }
+    assert_ne!(open[0].2, open[1].2);
+    assert_eq!(mount.takeovers(), 3);
 }
 
 fn replaced(options: &str) {
