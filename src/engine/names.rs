@@ -122,10 +122,11 @@ impl Engine {
         let find = || self.backing.find(fd.as_fd(), b"..")?.ok_or(Error::Stale);
         loop {
             let entry = find()?.entry;
-            let (object, image) = self.take_up(&entry)?;
+            let taken = self.take_up(&entry);
             check_there(dir).map_err(|_| Error::Stale)?;
-            // The kernel holds no lock that keeps it there: one that has become empty may have been removed since.
+            // The kernel holds no lock that keeps it there: it may be elsewhere, and the one above removed since.
             if find()?.entry == entry {
+                let (object, image) = taken?;
                 return Ok(self.tell(&object, image));
             }
         }
@@ -156,7 +157,7 @@ impl Engine {
         let entry = found.ok_or(Error::Os(Errno::NOENT))?;
         let member = Member::new(dir.snapshot, entry, dir.numbers, dir.shown());
         let attr = self.attr_of_member(&member)?;
-        nodes.told_member(member);
+        nodes.told_member(member)?;
         Ok(attr)
     }
 

@@ -8,9 +8,11 @@ use super::epoch::Epochs;
 use super::inventory::{self, Aspect, Inventory, KnownNode};
 use super::object::{Member, Noted, Numbers, Object};
 use super::recalled::Recalled;
+use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino};
 use crate::store::EntryImage;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ops::Deref;
 
@@ -299,8 +301,9 @@ impl Nodes {
                 object.noted.set(Some(slot));
             }
             Aspect::At { epoch, through } => {
-                let up = snapshot_node(epoch, self.root);
+                // Until it is looked up again: where it was found is not written down.
                 let numbers = through.map_or(Numbers::Apart, Numbers::Through);
+                let up = numbers.node(epoch, through.unwrap_or(self.root));
                 let member = Member::new(epoch, known.entry.clone(), numbers, up);
                 member.lookups.store(known.lookups, Ordering::Relaxed);
                 member.noted.set(Some(slot));
@@ -331,8 +334,12 @@ impl Nodes {
     }
 
     /// Notes that the kernel is told of an object of a snapshot.
-    pub fn told_member(&self, member: Member) {
+    ///
+    /// # Errors
+    /// `EOVERFLOW` if another one has its number: numbers that are mixed are not quite never the same.
+    pub fn told_member(&self, member: Member) -> Result<()> {
         let node = member.node();
+        let (snapshot, ino) = (member.snapshot, member.entry.ino);
         let up = member.up.load(Ordering::Relaxed);
         let mut shard = self.shard(node).lock();
         let slot = shard.entry(node).or_insert_with(|| {
@@ -340,6 +347,10 @@ impl Nodes {
             Slot::At(Arc::new(member))
         });
         match slot {
+            Slot::At(known) if (known.snapshot, known.entry.ino) != (snapshot, ino) => {
+                log::error!("{ino} of {snapshot} has the number of another object: {node:#x}");
+                return Err(Error::Os(Errno::OVERFLOW));
+            }
             Slot::At(member) => {
                 let lookups = member.lookups.fetch_add(1, Ordering::Relaxed) + 1;
                 member.up.store(up, Ordering::Relaxed);
@@ -349,6 +360,7 @@ impl Nodes {
                 "the top bit of a node number tells its kind, and a mounted snapshot has one kind alone"
             ),
         }
+        Ok(())
     }
 
     /// Notes that the kernel is told of the snapshot folder of `dir`.
@@ -394,8 +406,12 @@ impl Nodes {
                     .unwrap_or(0);
                 let left = before.saturating_sub(count);
                 self.note(&object.noted, Aspect::Live, &object.entry, left);
-                if left == 0 && !object.retained.load(Ordering::SeqCst) {
-                    self.recalled.lock().insert(node, object.entry.clone());
+                if left == 0 {
+                    let mut recalled = self.recalled.lock();
+                    // Asked under the lock that `never_recall` takes after it was set.
+                    if !object.retained.load(Ordering::SeqCst) {
+                        recalled.insert(node, object.entry.clone());
+                    }
                 }
                 is_unknown(object)
             }

@@ -57,8 +57,16 @@ impl Engine {
     /// that. Other orphans go.
     pub(super) fn restore(&self, found: &Found) -> Result<()> {
         self.restore_nodes(found);
-        let retained = self.store.retained_all()?.into_iter();
-        let mut hidden: HashSet<Ino> = retained.map(|record| record.ino).collect();
+        let retained = self.store.retained_all()?;
+        for record in &retained {
+            // Not of the live tree any more, whoever asks for it by its number.
+            if let Some(Node::Live(object)) = self.nodes.get(self.nodes.live_id(record.ino))
+                && object.entry.handle == record.handle
+            {
+                object.retained.store(true, Ordering::SeqCst);
+            }
+        }
+        let mut hidden: HashSet<Ino> = retained.iter().map(|record| record.ino).collect();
         let orphans: HashSet<Ino> = self.backing.all_orphans()?.into_iter().collect();
         hidden.extend(&orphans);
         for (slot, handle) in &found.handles {

@@ -455,7 +455,7 @@ impl Engine {
         let numbers = self.numbers_through(dir, &snapshot);
         let member = Member::new(epoch, dir.entry.clone(), numbers, up);
         let attr = self.attr_of_member(&member)?;
-        self.nodes.told_member(member);
+        self.nodes.told_member(member)?;
         Ok(attr)
     }
 

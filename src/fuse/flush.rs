@@ -11,7 +11,7 @@ use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, channel};
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -488,7 +488,7 @@ fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
     let (high, low) = ((node >> 32) as u32, node as u32);
     let words = [high, low, 0].map(u32::to_ne_bytes);
     let handle = words.concat();
-    match sys::open_by_handle(dir.as_fd(), FILEID_INO64_GEN, &handle, OFlags::RDONLY) {
+    match open_file_by_handle(dir.as_fd(), &handle) {
         // The last is what the kernel has for a number that is that of a directory by now and changes its place.
         Err(Errno::PERM | Errno::STALE | Errno::NOMEM) => {}
         other => return other,
@@ -507,6 +507,23 @@ fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
         Ok(file)
     } else {
         Err(Errno::BUSY)
+    }
+}
+
+/// Opens a regular file by the kernel's handle. What has its number may be a FIFO or a device by now, which are not for
+/// opening: it is looked at first, and held meanwhile, so that its number stays its own.
+///
+/// # Errors
+/// `ESTALE` if it is anything else.
+fn open_file_by_handle(dir: BorrowedFd<'_>, handle: &[u8]) -> Result<OwnedFd, Errno> {
+    let open = |flags| sys::open_by_handle(dir, FILEID_INO64_GEN, handle, flags);
+    let held = open(OFlags::PATH)?;
+    // The type never changes: cowfs is not asked.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let what = rustix::fs::statx(&held, c"", flags, StatxFlags::TYPE)?;
+    match FileType::from_raw_mode(what.stx_mode.into()) {
+        FileType::RegularFile => open(OFlags::RDONLY),
+        _ => Err(Errno::STALE),
     }
 }
 
