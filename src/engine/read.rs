@@ -6,11 +6,11 @@
 use super::Engine;
 use super::handle::{MemberFile, OpenFile};
 use super::nodes::Node;
-use super::object::Member;
+use super::object::{Member, Object};
 use super::times::with_owed;
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, CHUNK, CHUNK_BLOCKS, Epoch, Ino};
-use crate::store::{AttrImage, EntryImage, ExtentRef};
+use crate::store::{AttrImage, ExtentRef};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 
@@ -245,29 +245,35 @@ impl Engine {
 
     /// The target of a symlink. A symlink's target never changes, so the live object has it for every view.
     pub fn read_link(&self, node: &Node) -> Result<Vec<u8>> {
-        let entry = match node {
-            Node::Live(object) => &object.entry,
-            Node::At(member) => {
-                return self.in_snapshot(member.snapshot, |_| self.read_target(&member.entry));
+        let keeps_atime = self.backing.keeps_atime();
+        match node {
+            Node::Live(object) => {
+                let fd = self.object_fd(object)?;
+                match keeps_atime {
+                    true => self.backing.read_link(fd.as_fd()),
+                    false => self.read_link_of(object, fd.as_fd()),
+                }
             }
-            Node::Folder(_) => return Err(Errno::INVAL.into()),
-        };
-        self.read_target(entry)
+            Node::At(member) => self.in_snapshot(member.snapshot, |_| {
+                let entry = &member.entry;
+                if keeps_atime {
+                    return self.backing.read_link(self.backing.path_fd(entry)?.as_fd());
+                }
+                let held = self.backing.hold(entry)?;
+                self.read_link_of(&self.nodes.object(entry, None), held.as_fd())
+            }),
+            Node::Folder(_) => Err(Errno::INVAL.into()),
+        }
     }
 
-    fn read_target(&self, entry: &EntryImage) -> Result<Vec<u8>> {
-        if !self.backing.keeps_atime() {
-            // Reading changes its access time, and no flag prevents that.
-            let held = self.backing.hold(entry)?;
-            let object = self.nodes.object(entry, None);
-            return self.with_room(0, || {
-                let mut op = self.begin(&[&object]);
-                op.keep_attr(&object)?;
-                op.settle()?; // I1
-                self.backing.read_link(held.as_fd())
-            });
-        }
-        self.backing.read_link(self.backing.path_fd(entry)?.as_fd())
+    /// Reads a link whose access time changes with that: no flag prevents it.
+    fn read_link_of(&self, object: &Object, fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
+        self.with_room(0, || {
+            let mut op = self.begin(&[object]);
+            op.keep_attr(object)?;
+            op.settle()?; // I1
+            self.backing.read_link(fd)
+        })
     }
 
     /// Stat fields of an object as of snapshot `k`. `fd`: one of the live object, if there is one open.

@@ -246,4 +246,13 @@ for k in range(1500):
         verify("random operations")
 c.remount()
 verify("after a remount")
+for when in "unseen", "in a snapshot":
+    link = os.path.join(c.work, "nameless")
+    os.symlink("target", link)
+    if when != "unseen":
+        c.snap()
+    fd = os.open(link, os.O_PATH | os.O_NOFOLLOW)
+    os.unlink(link)
+    c.equal("target", os.readlink("", dir_fd=fd), "a link without a name, " + when)
+    os.close(fd)
 c.done()
