@@ -2,7 +2,8 @@
 //!
 //! A node number says what it names: a live object by its backing inode number, an object in a snapshot, or
 //! the snapshot folder of a directory. The number is a pure function of that (see [`live_node`],
-//! [`snapshot_node`], [`folder_node`]), so it is the same after every remount (C2), and never shared.
+//! [`snapshot_node`], [`node_through`], [`folder_node`]), so it is the same after every remount (C2). Two objects never share
+//! one: where numbers are mixed and meet, the second is refused ([`Nodes::told_member`]).
 
 use super::epoch::Epochs;
 use super::inventory::{self, Aspect, Inventory, KnownNode};
