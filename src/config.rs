@@ -39,6 +39,17 @@ pub enum CacheMode {
     Writeback,
 }
 
+/// What a virtual machine's idle processors do while requests come one after another, where its kernel does not see to
+/// that by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Idle {
+    /// They look for what comes next for some milliseconds before they halt.
+    #[default]
+    Poll,
+    /// As the kernel has it.
+    Halt,
+}
+
 impl Durability {
     /// The word that the option and `cowfs status` use.
     #[must_use]
@@ -57,6 +68,17 @@ impl CacheMode {
         match self {
             Self::WriteThrough => "write-through",
             Self::Writeback => "writeback",
+        }
+    }
+}
+
+impl Idle {
+    /// The word that the option uses.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Poll => "poll",
+            Self::Halt => "halt",
         }
     }
 }
@@ -86,6 +108,8 @@ pub struct MountOptions {
     pub cache: CacheMode,
     /// How often the journal is synced in the background.
     pub sync_interval: Duration,
+    /// What idle processors do between two requests.
+    pub idle: Idle,
     /// What the mount table shows as the source, if not the path of the source.
     pub fsname: Option<OsString>,
     /// How much space snapshots may take.
@@ -119,6 +143,7 @@ impl MountOptions {
                 "sync-interval",
                 self.sync_interval != standard.sync_interval,
             ),
+            ("idle", self.idle != standard.idle),
         ]
         .into_iter()
         .find_map(|(name, given)| given.then_some(name))
@@ -139,6 +164,7 @@ impl Default for MountOptions {
             durability: Durability::default(),
             cache: CacheMode::default(),
             sync_interval: DEFAULT_SYNC_INTERVAL,
+            idle: Idle::default(),
             fsname: None,
             space: SpacePolicy::default(),
             user_snapshots: false,
@@ -160,6 +186,7 @@ impl MountOptions {
             (self.snapshot_dir != default.snapshot_dir, "snapshot-dir"),
             (self.durability != default.durability, "durability"),
             (self.sync_interval != default.sync_interval, "sync-interval"),
+            (self.idle != default.idle, "idle"),
             (self.space.limit.is_some(), "store-limit"),
             (self.space.reserve != default.space.reserve, "store-reserve"),
             (self.space.on_full != default.space.on_full, "on-full"),
@@ -203,6 +230,8 @@ pub struct MountConfig {
     pub cache: CacheMode,
     /// How often the journal is synced in the background.
     pub sync_interval: Duration,
+    /// What idle processors do between two requests.
+    pub idle: Idle,
     /// How much space snapshots may take.
     pub space: SpacePolicy,
     /// Whoever may write to the root directory may create snapshots.
@@ -233,6 +262,7 @@ impl MountConfig {
             durability: options.durability,
             cache: options.cache,
             sync_interval: options.sync_interval,
+            idle: options.idle,
             space: options.space,
             user_snapshots: options.user_snapshots,
         }
@@ -284,6 +314,7 @@ impl MountConfig {
         put("cache", Some(self.cache.as_str().as_ref()));
         let interval = self.sync_interval.as_millis().to_string();
         put("sync-interval", Some(interval.as_ref()));
+        put("idle", Some(self.idle.as_str().as_ref()));
         if let Some(limit) = self.space.limit {
             put("store-limit", Some(limit.to_string().as_ref()));
         }
@@ -304,7 +335,7 @@ impl MountConfig {
 pub const KNOWN_OPTIONS: &str = "ro, rw, allow_other, no_allow_other, nosuid, nodev, noexec, noatime, \
     snapshot=NAME, store=DIR, store-limit=SIZE, store-reserve=SIZE|N%, on-full=drop|invalidate|enospc, \
     user-snapshots, no-user-snapshots, snapshot-dir=NAME, durability=ordered|strict, cache=write-through|writeback, \
-    sync-interval=MS, \
+    sync-interval=MS, idle=poll|halt, \
     fsname=NAME, remount; ignored as mount(8) and fstab use them: defaults, auto, noauto, nofail, user, users, \
     nouser, owner, group, _netdev, async, relatime, nodiratime, strictatime, lazytime, \
     default_permissions, user_id=UID, group_id=GID, comment=TEXT, x-*";
@@ -385,6 +416,7 @@ fn apply(options: &mut MountOptions, item: &[u8]) -> Result<()> {
         (b"durability", Some(value)) => options.durability = durability(value)?,
         (b"cache", Some(value)) => options.cache = cache(value)?,
         (b"sync-interval", Some(value)) => options.sync_interval = sync_interval(value)?,
+        (b"idle", Some(value)) => options.idle = idle(value)?,
         (b"store-limit", Some(value)) => options.space.limit = Some(space::limit(value)?),
         (b"store-reserve", Some(value)) => options.space.reserve = space::reserve(value)?,
         (b"on-full", Some(value)) => options.space.on_full = space::on_full(value)?,
@@ -394,7 +426,7 @@ fn apply(options: &mut MountOptions, item: &[u8]) -> Result<()> {
         (b"snapshot", Some(value)) => options.snapshot = Some(snapshot(value)?),
         (
             b"store" | b"store-limit" | b"store-reserve" | b"on-full" | b"snapshot-dir"
-            | b"durability" | b"cache" | b"sync-interval" | b"fsname" | b"snapshot",
+            | b"durability" | b"cache" | b"sync-interval" | b"idle" | b"fsname" | b"snapshot",
             None,
         ) => {
             return Err(Error::Usage(format!(
@@ -470,6 +502,17 @@ fn cache(value: &[u8]) -> Result<CacheMode> {
     }
 }
 
+fn idle(value: &[u8]) -> Result<Idle> {
+    match value {
+        b"poll" => Ok(Idle::Poll),
+        b"halt" => Ok(Idle::Halt),
+        _ => Err(Error::Usage(format!(
+            "invalid idle {:?}; choose poll or halt",
+            lossy(value)
+        ))),
+    }
+}
+
 fn sync_interval(value: &[u8]) -> Result<Duration> {
     std::str::from_utf8(value)
         .ok()
@@ -529,7 +572,7 @@ mod tests {
     fn every_option_is_understood() {
         let options = parse_options(&[
             "ro,nosuid,nodev,noexec,noatime,no_allow_other,store=/var/x\\,y",
-            "snapshot-dir=.snap,durability=strict,cache=write-through,sync-interval=20,fsname=data",
+            "snapshot-dir=.snap,durability=strict,cache=write-through,sync-interval=20,idle=halt,fsname=data",
             "store-limit=20G,store-reserve=5%,on-full=invalidate,user-snapshots",
         ])
         .unwrap();
@@ -547,6 +590,7 @@ mod tests {
                 durability: Durability::Strict,
                 cache: CacheMode::WriteThrough,
                 sync_interval: Duration::from_millis(20),
+                idle: Idle::Halt,
                 fsname: Some("data".into()),
                 space: SpacePolicy {
                     limit: Some(20 << 30),
@@ -574,6 +618,7 @@ mod tests {
             "snapshot-dir=.s",
             "durability=strict",
             "sync-interval=5",
+            "idle=halt",
         ] {
             let options = parse_options(&[format!("snapshot=a,{other}")]).unwrap();
             let error = options.check_for_snapshot().unwrap_err().to_string();
@@ -603,6 +648,7 @@ mod tests {
         );
         assert_eq!(fixed("remount,store=/elsewhere"), Some("store"));
         assert_eq!(fixed("remount,durability=strict"), Some("durability"));
+        assert_eq!(fixed("remount,idle=halt"), Some("idle"));
     }
 
     #[test]
@@ -612,6 +658,7 @@ mod tests {
         assert!(message("store").contains("needs a value"));
         assert!(message("cache=none").contains("write-through or writeback"));
         assert!(message("durability=none").contains("ordered or strict"));
+        assert!(message("idle=off").contains("poll or halt"));
         assert!(message("remount=1").contains("\"remount=1\""));
         for interval in ["0", "-1", "1.5", "60001", "", "99999999999999999999"] {
             assert!(message(&format!("sync-interval={interval}")).contains("milliseconds"));
@@ -631,7 +678,7 @@ mod tests {
     #[test]
     fn rendered_options_parse_to_the_same_config() {
         let odd = OsStr::from_bytes(b"/a,b\\c=d\xff\n e");
-        let mut options = parse_options(&["ro,noexec,sync-interval=7,durability=strict,store-limit=1G,store-reserve=7%,on-full=enospc,user-snapshots"]).unwrap();
+        let mut options = parse_options(&["ro,noexec,sync-interval=7,idle=halt,durability=strict,store-limit=1G,store-reserve=7%,on-full=enospc,user-snapshots"]).unwrap();
         options.store = Some(odd.into());
         options.fsname = Some(odd.into());
         options.snapshot_dir = b"sn,ap\\s=".to_vec();

@@ -75,6 +75,8 @@ OPTIONS OF -o
   cache=write-through      each write reaches cowfs before it returns (default)
   cache=writeback          the kernel holds writes back; cuts hold writers for a moment (root, Linux 6.16)
   sync-interval=MS         how often to sync in the background (default 100)
+  idle=poll                idle processors of a virtual machine poll while requests come one after another (default)
+  idle=halt                they are left to the kernel
   fsname=NAME              what the mount table shows as source
   remount                  give a mount that is there these flags: ro, nosuid, nodev, noexec, noatime
   Permissions are always checked by the kernel (default_permissions). Options of fstab such as defaults, noauto,

@@ -9,6 +9,7 @@
 //! out, and the thread has not yet gone back to the loop.
 
 use super::REQUEST_THREADS;
+use super::idle::Polling;
 use super::pool::Pool;
 use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, MutexGuard, OnceLock, Weak};
@@ -49,6 +50,7 @@ pub(super) struct Crew {
     /// Where requests come from, once they can.
     device: OnceLock<OwnedFd>,
     processors: usize,
+    polling: Option<Polling>,
     /// The times below count from here.
     start: Instant,
     /// Requests done (upper 48 bits), and threads that are in one.
@@ -106,10 +108,11 @@ thread_local! {
 }
 
 impl Crew {
-    pub(super) fn new() -> Arc<Self> {
+    pub(super) fn new(polling: Option<Polling>) -> Arc<Self> {
         Arc::new(Self {
             device: OnceLock::new(),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
+            polling,
             start: Instant::now(),
             progress: AtomicU64::new(0),
             active: AtomicUsize::new(0),
@@ -388,6 +391,9 @@ impl Drop for Turn<'_> {
         let now = self.crew.start.elapsed();
         store(&self.crew.last, now);
         self.crew.progress.fetch_add(DONE - 1, Ordering::SeqCst);
+        if let Some(polling) = &self.crew.polling {
+            polling.answered(now);
+        }
         // A thread that panics ends, and must not wait before that.
         if !std::thread::panicking() {
             self.crew.rest(self.began, now, self.prompt);
@@ -433,7 +439,7 @@ mod tests {
             None,
         )
         .unwrap();
-        let crew = Crew::new();
+        let crew = Crew::new(None);
         crew.serve(rustix::io::dup(&device).unwrap());
         let device = Arc::new(device);
         let (tell, done) = unbounded();

@@ -9,6 +9,7 @@ mod convert;
 mod crew;
 pub mod flush;
 mod handover;
+pub mod idle;
 mod intent;
 mod kept;
 mod pool;
@@ -97,6 +98,7 @@ impl Adapter {
             reader: Arc::new(Reader::live(
                 snapshots.engine.clone(),
                 snapshots.waiting.clone(),
+                snapshots.config.idle,
             )),
             changes: match snapshots.config.durability {
                 Durability::Strict => Some(Arc::new(Pool::new("change", CHANGE_THREADS)?)),

@@ -4,9 +4,11 @@ use super::FOREVER;
 use super::convert::{errno, file_attr, file_type};
 use super::crew::Crew;
 use super::handover::SnapshotMounts;
+use super::idle::Polling;
 use super::pool::Pool;
 use super::reply::{answer, reply_absent, reply_xattr};
 use super::status::hidden_xattr;
+use crate::config::Idle;
 use crate::engine::Engine;
 use crate::engine::attr::Attr;
 use crate::engine::backing::kind_of_mode;
@@ -62,13 +64,13 @@ pub(super) struct Reader {
 
 impl Reader {
     /// The live tree, with its snapshot folders.
-    pub(super) fn live(engine: Arc<Engine>, waiting: Arc<Pool>) -> Self {
+    pub(super) fn live(engine: Arc<Engine>, waiting: Arc<Pool>, idle: Idle) -> Self {
         Self {
             nodes: engine.nodes.clone(),
             handles: engine.handles().clone(),
             root: Node::Live(engine.root()),
             listings: FopenFlags::empty(),
-            crew: Crew::new(),
+            crew: Crew::new(Polling::find(idle)),
             waiting,
             engine,
         }

@@ -6,6 +6,7 @@ use super::FOREVER;
 use super::convert::errno;
 use super::crew::Crew;
 use super::handover::SnapshotMounts;
+use super::idle::Polling;
 use super::read::Reader;
 use super::reply::{answer, reply_xattr};
 use crate::engine::alone::AloneView;
@@ -38,7 +39,7 @@ impl SnapshotAdapter {
                 root: view.root(),
                 // A listing never changes.
                 listings: FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
-                crew: Crew::new(),
+                crew: Crew::new(Polling::find(mounts.config.idle)),
                 waiting: mounts.waiting.clone(),
             },
             mounts,
