@@ -187,6 +187,11 @@ fn two_ways() {
 }
 
 #[test]
+fn dropbehind() {
+    own("dropbehind");
+}
+
+#[test]
 fn locks() {
     own("locks");
 }

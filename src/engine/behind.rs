@@ -6,6 +6,7 @@
 use super::Engine;
 use super::handle::LiveFile;
 use super::nodes::ObjectRef;
+use super::run::Run;
 use crate::error::Result;
 use crate::sync::{Arc, Mutex, Ordering};
 use rustix::fd::{AsFd, OwnedFd};
@@ -15,8 +16,7 @@ use std::ops::Range;
 const LONG: u64 = 32 << 20;
 /// As much is begun at once.
 const PIECE: u64 = 8 << 20;
-/// A write this close to the end of the run belongs to it: of what the kernel writes back many requests are on their way at
-/// once, and carried out by several threads.
+/// A write this close to the end of the run belongs to it.
 const NEAR: u64 = 16 << 20;
 /// The end of the run that is not begun: most of what will still be written to lies there.
 const FRESH: u64 = 4 << 20;
@@ -25,7 +25,7 @@ const FRESH: u64 = 4 << 20;
 pub struct WriteBehind {
     object: ObjectRef,
     fd: OwnedFd,
-    run: Arc<Mutex<Run>>,
+    written: Arc<Mutex<Written>>,
 }
 
 impl WriteBehind {
@@ -35,42 +35,31 @@ impl WriteBehind {
     }
 }
 
-/// The run of writes that follow each other in an open file.
+/// The run of writes in an open file.
 #[derive(Debug, Default)]
-pub(super) struct Run {
-    start: u64,
-    end: u64,
-    /// What was written in it: much less than its length where writes do not follow each other but lie close by chance.
-    bytes: u64,
+pub(super) struct Written {
+    run: Run,
     /// Up to where the writing to the disk has begun.
     begun: u64,
     /// Somebody was told to begin more, and has not taken it yet.
     told: bool,
 }
 
-impl Run {
+impl Written {
     /// Notes a write; true if there is something to begin of which nobody was told.
     fn note(&mut self, write: &Range<u64>) -> bool {
-        if write.start.abs_diff(self.end) > NEAR {
-            *self = Self {
-                start: write.start,
-                end: write.end,
-                bytes: write.end - write.start,
-                begun: write.start,
-                told: self.told,
-            };
+        if !self.run.goes_on(write, NEAR) {
+            self.begun = write.start;
             return false;
         }
-        self.end = self.end.max(write.end);
-        self.bytes += write.end - write.start;
-        let length = self.end - self.start;
-        let due = length >= LONG && self.bytes >= length / 2 && self.far() >= self.begun + PIECE;
+        let long = self.run.end - self.run.start >= LONG;
+        let due = long && self.run.follows() && self.far() >= self.begun + PIECE;
         due && !std::mem::replace(&mut self.told, true)
     }
 
     /// Up to where hardly anybody writes any more.
     fn far(&self) -> u64 {
-        self.end.saturating_sub(FRESH) / FRESH * FRESH
+        self.run.end.saturating_sub(FRESH) / FRESH * FRESH
     }
 
     /// What is to be begun now.
@@ -85,18 +74,18 @@ impl Run {
 impl LiveFile {
     /// Notes that `len` bytes were written at `offset`. Returns what [`Engine::write_behind`] has to begin, if it is time.
     pub fn note_written(&self, offset: u64, len: u64) -> Option<WriteBehind> {
-        if !self.run.lock().note(&(offset..offset + len)) {
+        if !self.written.lock().note(&(offset..offset + len)) {
             return None;
         }
         match self.fd.try_clone() {
             Ok(fd) => Some(WriteBehind {
                 object: self.object.clone(),
                 fd,
-                run: self.run.clone(),
+                written: self.written.clone(),
             }),
             Err(error) => {
                 log::debug!("nothing is written behind: {error}");
-                self.run.lock().take();
+                self.written.lock().take();
                 None
             }
         }
@@ -110,7 +99,7 @@ impl Engine {
     /// # Errors
     /// Those of the journal's sync and of sync_file_range(2). Nothing is lost by them: fsync(2) begins anew.
     pub fn write_behind(&self, part: &WriteBehind) -> Result<()> {
-        let Range { start, end } = part.run.lock().take();
+        let Range { start, end } = part.written.lock().take();
         for piece in (start..end).step_by(PIECE as usize) {
             if !part.is_wanted() {
                 break;
@@ -135,7 +124,7 @@ mod tests {
 
     /// What is begun in the course of writes of 1 MiB at these places (MiB).
     fn begun(places: impl IntoIterator<Item = u64>) -> Vec<Range<u64>> {
-        let mut run = Run::default();
+        let mut run = Written::default();
         let mut begun = Vec::new();
         for at in places {
             if run.note(&(at * MIB..(at + 1) * MIB)) {
@@ -166,7 +155,7 @@ mod tests {
         assert_eq!(begun((0..1000).map(|i| i % 30)), []);
         assert_eq!(begun((0..1000).map(|_| 3)), []);
         // Small writes anywhere in 64 MiB, of which some follow each other closely.
-        let mut run = Run::default();
+        let mut run = Written::default();
         let mut rng = SmallRng::seed_from_u64(1);
         let places = (0..100_000).map(|_| rng.random_range(0..64 * MIB / 4096) * 4096);
         let told = places.filter(|at| run.note(&(*at..at + 4096))).count();
@@ -175,7 +164,7 @@ mod tests {
 
     #[test]
     fn nobody_is_told_twice() {
-        let mut run = Run::default();
+        let mut run = Written::default();
         let mut note = |at: u64| run.note(&(at * MIB..(at + 1) * MIB));
         let told: Vec<_> = (0..64).filter(|at| note(*at)).collect();
         assert_eq!(told, [31]);

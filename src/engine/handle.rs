@@ -1,11 +1,12 @@
 //! Open files and directories.
 
 use super::Engine;
-use super::behind::Run;
+use super::behind::Written;
 use super::dir::{LiveDir, MemberDir};
 use super::inventory::{Inventory, KnownHandle, Slot};
 use super::nodes::{Node, NodeId, ObjectRef, folder_node, live_node};
 use super::object::Member;
+use super::passed::Passed;
 use super::view::OpenSnapshot;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
@@ -30,7 +31,7 @@ pub struct LiveFile {
     /// Opened with `O_SYNC` (false) or `O_DSYNC` (true): each write is synced before it returns.
     pub sync_each_write: Option<bool>,
     /// What was written to it lately.
-    pub(super) run: Arc<Mutex<Run>>,
+    pub(super) written: Arc<Mutex<Written>>,
 }
 
 impl Drop for LiveFile {
@@ -46,6 +47,8 @@ pub struct MemberFile {
     /// The live object's bytes, for what has no pre-image.
     pub(super) fd: OwnedFd,
     pub(super) snapshot: OpenSnapshot,
+    /// What its reader has passed.
+    pub passed: Mutex<Passed>,
 }
 
 /// An open file.
@@ -287,6 +290,7 @@ impl Engine {
                     member: member.clone(),
                     fd,
                     snapshot,
+                    passed: Mutex::default(),
                 }))
             }
             Node::Folder(_) => Err(Error::Os(Errno::ISDIR)),
@@ -349,7 +353,7 @@ impl LiveFile {
             mappable: flags & libc::O_ACCMODE == libc::O_RDWR,
             flags: flags & !libc::O_TRUNC,
             sync_each_write: sync_mode(flags),
-            run: Arc::default(),
+            written: Arc::default(),
         }
     }
 }

@@ -131,14 +131,15 @@ impl SnapshotMounts {
             view: Arc::downgrade(&view),
         };
         let adapter = SnapshotAdapter::new(self.clone(), view);
-        let crew = adapter.crew();
+        let reader = adapter.reader();
         let mut options = Config::default();
         options.n_threads = Some(REQUEST_THREADS);
         // The kernel keeps those out whom the mount is not for; the daemon may belong to another user than it.
         options.acl = SessionACL::All;
         let session = Session::from_fd(adapter, device, options.acl, options)
             .map_err(|e| Error::io("cannot serve", "the device", &e))?;
-        crew.serve(rustix::io::dup(&session)?);
+        reader.crew.serve(rustix::io::dup(&session)?);
+        reader.dropbehind.serve(session.notifier());
         read_far_ahead_on(&order.device);
         self.mounted.lock().push(mounted);
         Ok(session)

@@ -7,6 +7,7 @@ mod attach;
 mod change;
 mod convert;
 mod crew;
+mod dropbehind;
 pub mod flush;
 mod handover;
 pub mod idle;

@@ -3,6 +3,7 @@
 use super::FOREVER;
 use super::convert::{errno, file_attr, file_type};
 use super::crew::Crew;
+use super::dropbehind::DropBehind;
 use super::handover::SnapshotMounts;
 use super::idle::Polling;
 use super::pool::Pool;
@@ -60,6 +61,8 @@ pub(super) struct Reader {
     pub(super) crew: Arc<Crew>,
     /// Threads for what may have to wait for a disk.
     pub(super) waiting: Arc<Pool>,
+    /// Has the kernel forget what readers of snapshots have passed.
+    pub(super) dropbehind: DropBehind,
 }
 
 impl Reader {
@@ -72,6 +75,7 @@ impl Reader {
             listings: FopenFlags::empty(),
             crew: Crew::new(Polling::find(idle)),
             waiting,
+            dropbehind: DropBehind::default(),
             engine,
         }
     }
@@ -229,6 +233,8 @@ impl Reader {
             Ok(file) => file,
             Err(error) => return reply.error(errno(&error)),
         };
+        self.dropbehind
+            .read(&file, offset..offset + u64::from(size));
         with_buffer(size, |buf| {
             match self.engine.read_cached(&file, offset, buf) {
                 Ok(Some(n)) => reply.data(&buf[..n]),
@@ -266,6 +272,9 @@ impl Reader {
     }
 
     pub(super) fn release(&self, fh: FileHandle, reply: ReplyEmpty) {
+        if let Ok(file) = self.file(fh) {
+            self.dropbehind.closed(&file);
+        }
         self.handles.close_file(fh.0);
         reply.ok();
     }

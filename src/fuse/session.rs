@@ -128,16 +128,17 @@ impl Server {
         let waiting = Arc::new(Pool::new("reading", BLOCKING_THREADS)?);
         let snapshots = SnapshotMounts::new(engine.clone(), config.clone(), waiting, kept.served);
         let adapter = Adapter::new(snapshots.clone(), helpers, gate.clone(), &found)?;
-        let crew = adapter.reader.crew.clone();
+        let reader = adapter.reader.clone();
         let session = match device {
             Some(device) => resume(config, adapter, device)?,
             None => begin(config, adapter, kept, &engine)?,
         };
-        crew.serve(rustix::io::dup(&session)?);
+        reader.crew.serve(rustix::io::dup(&session)?);
         if read_far_ahead(&config.mountpoint) {
             engine.backing().expect_read_ahead();
         }
         let notifier = session.notifier();
+        reader.dropbehind.serve(notifier.clone());
         if let Some(gate) = gate {
             gate.set_notifier(notifier.clone());
         }

@@ -5,6 +5,7 @@
 use super::FOREVER;
 use super::convert::errno;
 use super::crew::Crew;
+use super::dropbehind::DropBehind;
 use super::handover::SnapshotMounts;
 use super::idle::Polling;
 use super::read::Reader;
@@ -23,7 +24,7 @@ use std::time::SystemTime;
 
 /// What fuser drives for one snapshot.
 pub(super) struct SnapshotAdapter {
-    reader: Reader,
+    reader: Arc<Reader>,
     mounts: Arc<SnapshotMounts>,
     /// Keeps the snapshot from being deleted while it is mounted.
     _view: Arc<AloneView>,
@@ -32,7 +33,7 @@ pub(super) struct SnapshotAdapter {
 impl SnapshotAdapter {
     pub(super) fn new(mounts: Arc<SnapshotMounts>, view: Arc<AloneView>) -> Self {
         Self {
-            reader: Reader {
+            reader: Arc::new(Reader {
                 engine: mounts.engine.clone(),
                 nodes: view.nodes.clone(),
                 handles: view.handles.clone(),
@@ -41,15 +42,16 @@ impl SnapshotAdapter {
                 listings: FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
                 crew: Crew::new(Polling::find(mounts.config.idle)),
                 waiting: mounts.waiting.clone(),
-            },
+                dropbehind: DropBehind::default(),
+            }),
             mounts,
             _view: view,
         }
     }
 
-    /// The threads that take its requests.
-    pub(super) fn crew(&self) -> Arc<Crew> {
-        self.reader.crew.clone()
+    /// What answers its requests.
+    pub(super) fn reader(&self) -> Arc<Reader> {
+        self.reader.clone()
     }
 }
 
