@@ -136,6 +136,54 @@ fn a_killed_server_is_replaced_under_readers_of_snapshots() {
     assert_eq!(mount.takeovers(), 3);
 }
 
+/// The helper that has the kernel forget what readers have passed, and the reads that are under way, outlive the server.
+#[test]
+fn a_killed_server_is_replaced_under_copies_of_large_files() {
+    const PAGES: u64 = 96 << 8;
+    let seed = seed("takeover-copies");
+    let mut random = Random::new(seed);
+    let mount = Mount::new("takeover-copies", Duration::from_secs(240));
+    let page = |n: u64| n.to_le_bytes().repeat(512);
+    let live = mount.mnt.join("large");
+    let mut file = fs::File::create(&live).unwrap();
+    (0..PAGES).for_each(|n| file.write_all(&page(n)).unwrap());
+    let path = mount.snapshot("s").join("large");
+    for _ in 0..100 {
+        let at = random.below(PAGES as usize) as u64 * 4096;
+        file.write_all_at(&page(PAGES), at).unwrap();
+    }
+    let done = AtomicBool::new(false);
+    let read_from = |begin: u64| {
+        let (mut read, mut buffer) = (0, vec![0; 1 << 20]);
+        while !done.load(Ordering::SeqCst) {
+            let file = fs::File::open(&path).unwrap();
+            for at in (begin..PAGES).step_by(256) {
+                file.read_exact_at(&mut buffer, at * 4096).unwrap();
+                for (n, found) in (at..).zip(buffer.chunks(4096)) {
+                    assert!(found == page(n), "VIOLATION (seed {seed}): page {n}");
+                }
+                read += 1;
+            }
+        }
+        read
+    };
+    std::thread::scope(|scope| {
+        // They follow each other closely, and read what those before them had dropped.
+        let readers = [0, 1, 2, 4, 6].map(|mib| scope.spawn(move || read_from(mib << 8)));
+        for _ in 0..10 {
+            // So that reads wait for the disk.
+            fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+            std::thread::sleep(Duration::from_micros(random.below(200_000) as u64));
+            mount.kill_server();
+        }
+        done.store(true, Ordering::SeqCst);
+        for reader in readers {
+            assert!(reader.join().unwrap() > 0);
+        }
+    });
+    assert_eq!(mount.takeovers(), 10);
+}
+
 fn replaced(options: &str) {
     let rounds = env_number("COWFS_TAKEOVER_ROUNDS", 40);
     let seed = seed("takeover");

@@ -50,7 +50,7 @@ pub(super) struct Crew {
     /// Where requests come from, once they can.
     device: OnceLock<OwnedFd>,
     processors: usize,
-    polling: Option<Polling>,
+    polling: Option<Arc<Polling>>,
     /// The times below count from here.
     start: Instant,
     /// Requests done (upper 48 bits), and threads that are in one.
@@ -108,7 +108,7 @@ thread_local! {
 }
 
 impl Crew {
-    pub(super) fn new(polling: Option<Polling>) -> Arc<Self> {
+    pub(super) fn new(polling: Option<Arc<Polling>>) -> Arc<Self> {
         Arc::new(Self {
             device: OnceLock::new(),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
@@ -392,7 +392,7 @@ impl Drop for Turn<'_> {
         store(&self.crew.last, now);
         self.crew.progress.fetch_add(DONE - 1, Ordering::SeqCst);
         if let Some(polling) = &self.crew.polling {
-            polling.answered(now);
+            polling.answered();
         }
         // A thread that panics ends, and must not wait before that.
         if !std::thread::panicking() {

@@ -11,11 +11,12 @@ use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, channel};
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
+use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, StatxFlags, fadvise};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::{Read, Write};
+use std::num::NonZeroU64;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -52,16 +53,19 @@ pub(super) enum Order {
     Drop = 4,
     /// As `Clean`, by the descriptors that were taken, and tell whose pages do not come in [`COMING`].
     CleanTaken = 5,
+    /// Forget clean pages that nobody uses, waiting for none. Not a list of nodes, but of these with a place and a length.
+    Forget = 6,
 }
 
 impl Order {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::WriteBack,
         Self::Take,
         Self::Seal,
         Self::Clean,
         Self::Drop,
         Self::CleanTaken,
+        Self::Forget,
     ];
 }
 
@@ -400,6 +404,9 @@ fn carry_out(
         .root
         .take()
         .map_or_else(|| open_root(mountpoint), Ok)?;
+    if order == Order::Forget {
+        return forget(dir.as_fd(), nodes);
+    }
     let keeps = matches!(order, Order::Take | Order::Seal | Order::CleanTaken);
     for nodes in nodes.chunks(AT_ONCE) {
         let mut files = Vec::with_capacity(nodes.len());
@@ -426,6 +433,19 @@ fn carry_out(
         }
     }
     taken.root = keeps.then_some(dir);
+    Ok(())
+}
+
+/// [`Order::Forget`]: posix_fadvise(2) passes over pages that are locked, mapped or in use.
+fn forget(dir: BorrowedFd<'_>, ranges: &[u64]) -> Result<(), Errno> {
+    for range in ranges.chunks_exact(3) {
+        match open_file_by_handle(dir, &handle_of(range[0])) {
+            Ok(file) => fadvise(&file, range[1], NonZeroU64::new(range[2]), Advice::DontNeed)?,
+            // Out of the kernel's memory, so without pages.
+            Err(Errno::STALE) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
     Ok(())
 }
 
@@ -482,13 +502,15 @@ fn open_root(mountpoint: &Path) -> Result<OwnedFd, Errno> {
     Ok(dir)
 }
 
-/// Opens an inode of the mount: by the kernel's own handle (fuse_encode_fh of fs/fuse/inode.c: number,
-/// generation), or, without the privilege for that, by a name that the daemon answers to the helper.
-fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
+/// The kernel's own handle of a node (fuse_encode_fh of fs/fuse/inode.c: number, generation).
+fn handle_of(node: NodeId) -> Vec<u8> {
     let (high, low) = ((node >> 32) as u32, node as u32);
-    let words = [high, low, 0].map(u32::to_ne_bytes);
-    let handle = words.concat();
-    match open_file_by_handle(dir.as_fd(), &handle) {
+    [high, low, 0].map(u32::to_ne_bytes).concat()
+}
+
+/// Opens an inode of the mount: by the kernel's own handle, or, without the privilege for that, by a name that the daemon answers to the helper.
+fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
+    match open_file_by_handle(dir.as_fd(), &handle_of(node)) {
         // The last is what the kernel has for a number that is that of a directory by now and changes its place.
         Err(Errno::PERM | Errno::STALE | Errno::NOMEM) => {}
         other => return other,

@@ -6,6 +6,7 @@
 
 use super::REQUEST_THREADS;
 use super::attach::{detach, read_far_ahead_on};
+use super::idle::Polling;
 use super::pool::Pool;
 use super::snapshot::SnapshotAdapter;
 use crate::config::MountConfig;
@@ -31,6 +32,8 @@ pub(super) struct SnapshotMounts {
     pub(super) engine: Arc<Engine>,
     /// Of the live mount.
     pub(super) config: MountConfig,
+    /// What idle processors are made to do while requests come to any of the mounts.
+    pub(super) polling: Option<Arc<Polling>>,
     /// Threads for requests that may have to wait for a disk.
     pub(super) waiting: Arc<Pool>,
     /// How many servers the live mount had before this one.
@@ -49,14 +52,19 @@ struct Mounted {
 impl Mounted {
     /// Where it is mounted, as far as this process can see.
     fn places(&self) -> Vec<PathBuf> {
-        let mounts = control::mounts().unwrap_or_else(|error| {
-            log::warn!("{error}");
-            Vec::new()
-        });
-        let ours = |mount: &control::MountEntry| mount.is_cowfs() && mount.device == self.device;
-        let ours = mounts.into_iter().filter(ours);
-        ours.map(|mount| mount.mountpoint).collect()
+        places_of(&self.device)
     }
+}
+
+/// Where a device number is mounted, as far as this process can see.
+fn places_of(device: &str) -> Vec<PathBuf> {
+    let mounts = control::mounts().unwrap_or_else(|error| {
+        log::warn!("{error}");
+        Vec::new()
+    });
+    let ours = |mount: &control::MountEntry| mount.is_cowfs() && mount.device == device;
+    let ours = mounts.into_iter().filter(ours);
+    ours.map(|mount| mount.mountpoint).collect()
 }
 
 impl SnapshotMounts {
@@ -68,6 +76,7 @@ impl SnapshotMounts {
     ) -> Arc<Self> {
         Arc::new(Self {
             engine,
+            polling: Polling::find(config.idle).map(Arc::new),
             config,
             waiting,
             served,
@@ -139,7 +148,10 @@ impl SnapshotMounts {
         let session = Session::from_fd(adapter, device, options.acl, options)
             .map_err(|e| Error::io("cannot serve", "the device", &e))?;
         reader.crew.serve(rustix::io::dup(&session)?);
-        reader.dropbehind.serve(session.notifier());
+        // None where the mount is in a namespace of its own.
+        let device = order.device.clone();
+        let place = move || places_of(&device).into_iter().next();
+        reader.dropbehind.serve(place);
         read_far_ahead_on(&order.device);
         self.mounted.lock().push(mounted);
         Ok(session)

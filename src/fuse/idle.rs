@@ -13,7 +13,7 @@ use crate::sync::{AtomicU64, Ordering};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags, open};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const GOVERNOR: &str = "/sys/devices/system/cpu/cpuidle/current_governor";
 const HALT_POLL: &str = "/sys/module/haltpoll/parameters/guest_halt_poll_ns";
@@ -30,13 +30,14 @@ const COST: u32 = 2;
 const NONE: i32 = 0;
 const ANY: i32 = i32::MAX;
 
-/// Has idle processors poll while requests come one after another.
+/// Has idle processors poll while requests come one after another, for all mounts of a server.
 #[derive(Debug)]
 pub struct Polling {
-    done: AtomicU64,
-    /// When the last of so many requests as [`STREAM`] says was done, in ns.
+    start: Instant,
+    answered: AtomicU64,
+    /// When the last of so many requests as [`STREAM`] says was answered, in ns from the start.
     counted: AtomicU64,
-    /// When processors were last made to poll, in ns.
+    /// When processors were last made to poll, likewise.
     roused: AtomicU64,
     /// To the thread that does it, which ends with this.
     rouse: Sender<()>,
@@ -52,35 +53,40 @@ impl Polling {
         if choice == Idle::Halt || !is(GOVERNOR, "haltpoll") || !is(HALT_POLL, "0") {
             return None;
         }
-        let processors = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-        let polling = Self::through(Path::new(LATENCY), moment(processors))?;
-        log::debug!("idle processors poll while requests come one after another");
-        Some(polling)
-    }
-
-    /// By the file that takes the latency wanted, for such a time at once.
-    fn through(path: &Path, moment: Duration) -> Option<Self> {
-        let latency = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-        // More than one wish need not wait.
-        let (rouse, asked) = bounded(1);
+        let latency = open_latency(Path::new(LATENCY))?;
+        let moment = moment(processors()?);
+        let (polling, asked) = Self::new();
         std::thread::Builder::new()
             .name("cowfs-polling".into())
             .spawn(move || make_poll(&latency, &asked, moment))
             .ok()?;
-        Some(Self {
-            done: AtomicU64::new(0),
+        log::debug!("idle processors poll while requests come one after another");
+        Some(polling)
+    }
+
+    fn new() -> (Self, Receiver<()>) {
+        // More than one wish need not wait.
+        let (rouse, asked) = bounded(1);
+        let polling = Self {
+            start: Instant::now(),
+            answered: AtomicU64::new(0),
             counted: AtomicU64::new(0),
             roused: AtomicU64::new(0),
             rouse,
-        })
+        };
+        (polling, asked)
     }
 
-    /// A request was answered, at a time that counts from any beginning.
-    pub fn answered(&self, now: Duration) {
-        let relaxed = Ordering::Relaxed;
-        if !(self.done.fetch_add(1, relaxed) + 1).is_multiple_of(STREAM.0) {
-            return;
+    /// A request was answered.
+    pub fn answered(&self) {
+        if (self.answered.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(STREAM.0) {
+            self.counted(self.start.elapsed());
         }
+    }
+
+    /// So many requests as [`STREAM`] says were answered.
+    fn counted(&self, now: Duration) {
+        let relaxed = Ordering::Relaxed;
         let now = now.as_nanos() as u64;
         let since = now.saturating_sub(self.counted.swap(now, relaxed));
         let roused = self.roused.load(relaxed);
@@ -95,6 +101,18 @@ impl Polling {
             let _ = self.rouse.try_send(());
         }
     }
+}
+
+fn open_latency(path: &Path) -> Option<OwnedFd> {
+    open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).ok()
+}
+
+/// The processors of the machine, also those that this process may not use (proc_stat(5)).
+fn processors() -> Option<u32> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    // One line is for all of them together.
+    let lines = stat.lines().filter(|line| line.starts_with("cpu")).count();
+    u32::try_from(lines).ok()?.checked_sub(1).filter(|n| *n > 0)
 }
 
 /// How long processors poll each time.
@@ -125,85 +143,97 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
     use super::*;
-    use crate::sync::channel::TrySendError;
-    use std::time::Instant;
 
-    /// Polling that writes its wishes to a file, and how many wishes there were, each of which was taken back.
-    fn polling() -> (Polling, impl Fn() -> usize) {
-        let asked = tempfile::NamedTempFile::new().unwrap();
-        let polling = Polling::through(asked.path(), MOMENT).unwrap();
-        let wishes = move || {
-            let end = Instant::now() + Duration::from_secs(60);
-            loop {
-                assert!(Instant::now() < end, "a wish stays");
-                let bytes = std::fs::read(asked.path()).unwrap();
-                let latencies = bytes.chunks_exact(4);
-                let latencies: Vec<_> = latencies
-                    .map(|word| i32::from_ne_bytes(word.try_into().unwrap()))
-                    .collect();
-                if latencies.len() % 2 == 1 {
-                    assert_eq!(latencies[0], ANY);
-                    let mut wishes = latencies[1..].chunks_exact(2);
-                    assert!(wishes.all(|wish| wish == [NONE, ANY]), "{latencies:?}");
-                    break latencies.len() / 2;
-                }
-                std::thread::yield_now();
-            }
-        };
-        (polling, wishes)
-    }
-
-    /// Waits for so many wishes, and sees that there are no more.
-    fn expect(wishes: &impl Fn() -> usize, count: usize) {
-        let end = Instant::now() + Duration::from_secs(60);
-        while wishes() < count {
-            assert!(Instant::now() < end, "{count} wishes were expected");
-            std::thread::sleep(MOMENT);
-        }
-        std::thread::sleep(10 * MOMENT);
-        assert_eq!(wishes(), count);
-    }
-
-    const MOMENT: Duration = Duration::from_micros(100);
+    const MICROSECOND: Duration = Duration::from_micros(1);
+    /// Since the start.
     const FIRST: Duration = Duration::from_secs(1);
+
+    /// How often processors are made to poll by so many requests, one in each `apart`, from `begin` on.
+    fn wishes(
+        polling: &Polling,
+        asked: &Receiver<()>,
+        begin: Duration,
+        count: u32,
+        apart: Duration,
+    ) -> usize {
+        let counts = (0..count).step_by(STREAM.0 as usize);
+        counts
+            .map(|n| {
+                polling.counted(begin + n * apart);
+                asked.try_iter().count()
+            })
+            .sum()
+    }
 
     #[test]
     fn requests_that_come_one_after_another_make_processors_poll_now_and_then() {
-        let (polling, wishes) = polling();
-        // The first stream begins when four are known to be close.
-        (0..8).for_each(|n| polling.answered(FIRST + n * Duration::from_micros(250)));
-        expect(&wishes, 1);
-        let (mut now, end) = (FIRST, FIRST + AGAIN);
-        while now < end {
-            polling.answered(now);
-            now += Duration::from_micros(20);
-        }
-        expect(&wishes, 1);
-        (0..100).for_each(|n| polling.answered(end + n * Duration::from_micros(100)));
-        expect(&wishes, 2);
+        let (polling, asked) = Polling::new();
+        assert_eq!(wishes(&polling, &asked, FIRST, 4, 250 * MICROSECOND), 0);
+        assert_eq!(
+            wishes(&polling, &asked, FIRST + STREAM.1, 400, 250 * MICROSECOND),
+            1
+        );
+        assert_eq!(
+            wishes(&polling, &asked, 2 * FIRST, 50_000, 20 * MICROSECOND),
+            10
+        );
     }
 
     #[test]
     fn requests_that_are_far_apart_do_not() {
-        let (polling, wishes) = polling();
-        (0..10_000).for_each(|n| polling.answered(FIRST + n * Duration::from_micros(300)));
-        expect(&wishes, 0);
+        let (polling, asked) = Polling::new();
+        assert_eq!(
+            wishes(&polling, &asked, FIRST, 10_000, 300 * MICROSECOND),
+            0
+        );
+    }
+
+    #[test]
+    fn every_request_counts() {
+        let (polling, asked) = Polling::new();
+        let end = Instant::now() + 60 * FIRST;
+        while asked.is_empty() {
+            assert!(Instant::now() < end, "no processor is made to poll");
+            polling.answered();
+        }
+        assert!(polling.start.elapsed() > AGAIN, "too early");
+        assert!(polling.answered.load(Ordering::Relaxed) >= 2 * STREAM.0);
+    }
+
+    #[test]
+    fn each_wish_is_taken_back() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (wish, asked) = bounded(2);
+        wish.send(()).unwrap();
+        wish.send(()).unwrap();
+        drop(wish);
+        make_poll(&open_latency(file.path()).unwrap(), &asked, MICROSECOND);
+        let bytes = std::fs::read(file.path()).unwrap();
+        let written: Vec<[u8; 4]> = bytes
+            .chunks(4)
+            .map(|word| word.try_into().unwrap())
+            .collect();
+        let want = [ANY, NONE, ANY, NONE, ANY];
+        assert_eq!(written, want.map(i32::to_ne_bytes));
     }
 
     #[test]
     fn nothing_is_asked_for_that_the_kernel_does_not_take() {
-        assert!(Polling::through(Path::new("/dev/null/no"), MOMENT).is_none());
-        // Each write to it fails.
-        let polling = Polling::through(Path::new("/dev/full"), MOMENT).unwrap();
-        let end = Instant::now() + Duration::from_secs(60);
-        while polling.rouse.try_send(()) != Err(TrySendError::Disconnected(())) {
-            assert!(Instant::now() < end, "it goes on");
-        }
-        (0..1_000_000).for_each(|n| polling.answered(FIRST + n * Duration::from_micros(1)));
+        assert!(open_latency(Path::new("/dev/null/no")).is_none());
+        // Each write to it fails; it would wait for wishes for ever.
+        let (_wish, asked) = bounded(1);
+        make_poll(
+            &open_latency(Path::new("/dev/full")).unwrap(),
+            &asked,
+            MICROSECOND,
+        );
     }
 
     #[test]
     fn no_number_of_processors_polls_for_more_than_two() {
+        assert!(
+            processors().unwrap() as usize >= std::thread::available_parallelism().unwrap().get()
+        );
         assert_eq!(moment(1), AGAIN);
         assert_eq!(moment(2), AGAIN);
         assert_eq!(moment(8), AGAIN / 4);

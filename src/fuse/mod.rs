@@ -96,11 +96,7 @@ impl Adapter {
     ) -> Result<Self> {
         Ok(Self {
             engine: snapshots.engine.clone(),
-            reader: Arc::new(Reader::live(
-                snapshots.engine.clone(),
-                snapshots.waiting.clone(),
-                snapshots.config.idle,
-            )),
+            reader: Arc::new(Reader::live(&snapshots)),
             changes: match snapshots.config.durability {
                 Durability::Strict => Some(Arc::new(Pool::new("change", CHANGE_THREADS)?)),
                 Durability::Ordered => None,

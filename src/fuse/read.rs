@@ -5,11 +5,9 @@ use super::convert::{errno, file_attr, file_type};
 use super::crew::Crew;
 use super::dropbehind::DropBehind;
 use super::handover::SnapshotMounts;
-use super::idle::Polling;
 use super::pool::Pool;
 use super::reply::{answer, reply_absent, reply_xattr};
 use super::status::hidden_xattr;
-use crate::config::Idle;
 use crate::engine::Engine;
 use crate::engine::attr::Attr;
 use crate::engine::backing::kind_of_mode;
@@ -67,14 +65,15 @@ pub(super) struct Reader {
 
 impl Reader {
     /// The live tree, with its snapshot folders.
-    pub(super) fn live(engine: Arc<Engine>, waiting: Arc<Pool>, idle: Idle) -> Self {
+    pub(super) fn live(mounts: &SnapshotMounts) -> Self {
+        let engine = mounts.engine.clone();
         Self {
             nodes: engine.nodes.clone(),
             handles: engine.handles().clone(),
             root: Node::Live(engine.root()),
             listings: FopenFlags::empty(),
-            crew: Crew::new(Polling::find(idle)),
-            waiting,
+            crew: Crew::new(mounts.polling.clone()),
+            waiting: mounts.waiting.clone(),
             dropbehind: DropBehind::default(),
             engine,
         }
@@ -272,9 +271,6 @@ impl Reader {
     }
 
     pub(super) fn release(&self, fh: FileHandle, reply: ReplyEmpty) {
-        if let Ok(file) = self.file(fh) {
-            self.dropbehind.closed(&file);
-        }
         self.handles.close_file(fh.0);
         reply.ok();
     }

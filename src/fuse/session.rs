@@ -138,7 +138,8 @@ impl Server {
             engine.backing().expect_read_ahead();
         }
         let notifier = session.notifier();
-        reader.dropbehind.serve(notifier.clone());
+        let place = config.mountpoint.clone();
+        reader.dropbehind.serve(move || Some(place));
         if let Some(gate) = gate {
             gate.set_notifier(notifier.clone());
         }

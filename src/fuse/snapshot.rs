@@ -7,7 +7,6 @@ use super::convert::errno;
 use super::crew::Crew;
 use super::dropbehind::DropBehind;
 use super::handover::SnapshotMounts;
-use super::idle::Polling;
 use super::read::Reader;
 use super::reply::{answer, reply_xattr};
 use crate::engine::alone::AloneView;
@@ -40,7 +39,7 @@ impl SnapshotAdapter {
                 root: view.root(),
                 // A listing never changes.
                 listings: FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
-                crew: Crew::new(Polling::find(mounts.config.idle)),
+                crew: Crew::new(mounts.polling.clone()),
                 waiting: mounts.waiting.clone(),
                 dropbehind: DropBehind::default(),
             }),

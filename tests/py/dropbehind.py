@@ -6,7 +6,7 @@ from common import *
 
 c = Case(limit=120)
 PAGE, MIB = mmap.PAGESIZE, 1 << 20
-SIZE = 64 * MIB
+SIZE = 96 * MIB
 libc.mmap.restype = ctypes.c_void_p
 
 
@@ -25,20 +25,26 @@ def cached(path):
         os.close(fd)
 
 
-def settles(path, pages, what):
-    """What is dropped is dropped by somebody else."""
+def settles(path, what):
+    """Of a file that is read, its end alone stays. What is dropped is dropped by somebody else."""
+    pages = 24 * MIB // PAGE
     end = time.time() + 60
     while (now := cached(path)) > pages and time.time() < end:
         time.sleep(0.01)
     c.ok(now <= pages, what, "%d pages are cached, not %d" % (now, pages))
 
 
-def read(path, size=MIB):
+def read(path, size=MIB, then=lambda: None):
     h = hashlib.sha256()
     with open(path, "rb", buffering=0) as f:
         while part := f.read(size):
             h.update(part)
+        then()
     return h.hexdigest()
+
+
+def reads_and_drops(path, size, what):
+    c.equal(want, read(path, size, then=lambda: settles(path, what)), "the content, " + what)
 
 
 was = c.random.randbytes(SIZE)
@@ -57,40 +63,40 @@ with open(c.work + "/large", "r+b") as f:
 large = c.at(s, "large")
 
 c.equal(0, cached(large), "nothing is cached before")
-c.equal(want, read(large), "the content")
-settles(large, 0, "a file of a snapshot is not cached when it was read")
-c.equal(want, read(large, 10240), "the content, by small reads")
-settles(large, 0, "nor by small reads")
+reads_and_drops(large, MIB, "a file of a snapshot that was read")
+reads_and_drops(large, 10240, "by small reads")
 
 with open(large, "rb", buffering=0) as f:
+    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     while f.tell() < SIZE // 2:
         f.read(MIB)
-    settles(large, 10 * MIB // PAGE, "what was passed is not cached while the file is open")
-    c.ok(cached(large) > 0, "what comes next is")
+    settles(large, "what was passed is dropped on the way")
+    c.ok(cached(large) > 0, "what comes next is not")
     h = hashlib.sha256(was[:f.tell()])
     while part := f.read(MIB):
         h.update(part)
     c.equal(want, h.hexdigest(), "the content after that")
-settles(large, 0, "nor the rest when it is closed")
 
 c.equal(hashlib.sha256(small).hexdigest(), read(c.at(s, "small")), "the content of a small file")
-c.equal(MIB // PAGE, cached(c.at(s, "small")), "a small file stays")
+# Whatever the kernel takes away by itself.
+c.ok(cached(c.at(s, "small")) > MIB // PAGE * 3 // 4, "a small file stays")
 read(c.work + "/large")
-c.equal(SIZE // PAGE, cached(c.work + "/large"), "a file of the live tree stays")
+c.ok(cached(c.work + "/large") > SIZE // PAGE * 3 // 4, "a file of the live tree stays")
 
 with open(large, "rb", buffering=0) as f:
-    places = [c.random.randrange(SIZE // PAGE) * PAGE for _ in range(500)]
+    places = [c.random.randrange(SIZE // PAGE) * PAGE for _ in range(5000)]
     for at in places:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        c.equal(was[at:at + PAGE], os.pread(f.fileno(), PAGE, at), "a page at %d" % at)
-    c.ok(cached(large) >= len(set(places)), "what is read here and there stays")
+        if was[at:at + PAGE] != os.pread(f.fileno(), PAGE, at):
+            c.ok(False, "a page at %d" % at)
+    c.ok(cached(large) > len(set(places)) * 3 // 4, "what is read here and there stays")
 
 
 def check_mapped(stop, told, seed):
     """Reads pages in any order through a mapping, while others have them dropped."""
     rng, wrong, done = random.Random(seed), 0, 0
     with open(large, "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as m:
-        while not stop.is_set():
+        while not done or not stop.is_set():
             at = rng.randrange(SIZE // PAGE) * PAGE
             wrong += m[at:at + PAGE] != was[at:at + PAGE]
             done += 1
@@ -99,7 +105,7 @@ def check_mapped(stop, told, seed):
 
 def check_read(stop, told, size):
     wrong = done = 0
-    while not stop.is_set():
+    while not done or not stop.is_set():
         wrong += read(large, size) != want
         done += 1
     told.put(("reads of %d" % size, done, wrong))
@@ -114,8 +120,7 @@ time.sleep(4)
 stop.set()
 for _ in running:
     what, done, wrong = told.get(timeout=60)
-    c.ok(done > 0, "%s: something was read" % what)
-    c.equal(0, wrong, "%s: wrong content" % what)
+    c.equal(0, wrong, "%s: wrong content in %d" % (what, done))
 
 # The mount of a snapshot by itself.
 alone = os.path.join(os.path.dirname(c.mnt), "alone")
@@ -123,8 +128,7 @@ os.mkdir(alone)
 command(c.bin, "mount", "-o", "snapshot=" + s, c.backing, alone)
 try:
     c.equal("fuse.cowfs", mount_type(alone), "the snapshot is mounted")
-    c.equal(want, read(alone + "/live/large"), "the content there")
-    settles(alone + "/live/large", 0, "a file there is not cached when it was read")
+    reads_and_drops(alone + "/live/large", MIB, "a file there")
 finally:
     command(c.bin, "umount", alone)
 c.done()
