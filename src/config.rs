@@ -43,7 +43,7 @@ pub enum CacheMode {
 /// that by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Idle {
-    /// They look for what comes next for some milliseconds before they halt.
+    /// They poll for the next one.
     #[default]
     Poll,
     /// As the kernel has it.

@@ -441,9 +441,9 @@ fn forget(dir: BorrowedFd<'_>, ranges: &[u64]) -> Result<(), Errno> {
     for range in ranges.chunks_exact(3) {
         match open_file_by_handle(dir, &handle_of(range[0])) {
             Ok(file) => fadvise(&file, range[1], NonZeroU64::new(range[2]), Advice::DontNeed)?,
-            // Out of the kernel's memory, so without pages.
-            Err(Errno::STALE) => {}
-            Err(errno) => return Err(errno),
+            Err(Errno::PERM) => return Err(Errno::PERM),
+            // Gone meanwhile, or of a snapshot that has become invalid: the next is another.
+            Err(_) => {}
         }
     }
     Ok(())
@@ -508,7 +508,8 @@ fn handle_of(node: NodeId) -> Vec<u8> {
     [high, low, 0].map(u32::to_ne_bytes).concat()
 }
 
-/// Opens an inode of the mount: by the kernel's own handle, or, without the privilege for that, by a name that the daemon answers to the helper.
+/// Opens an inode of the mount: by the kernel's own handle, or, without the privilege for that, by a name that the daemon
+/// answers to the helper.
 fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
     match open_file_by_handle(dir.as_fd(), &handle_of(node)) {
         // The last is what the kernel has for a number that is that of a directory by now and changes its place.
