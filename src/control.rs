@@ -46,8 +46,11 @@ pub struct Status {
     pub state: String,
     /// "ordered" or "strict".
     pub durability: String,
-    /// "write-through".
+    /// "write-through" or "writeback".
     pub cache: String,
+    /// "poll" if the daemon has idle processors poll while requests come one after another, "halt" if that is left to
+    /// the kernel.
+    pub idle: String,
     /// Number of cuts so far.
     pub epoch: u64,
     /// Number of snapshots there are.

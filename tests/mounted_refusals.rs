@@ -383,6 +383,31 @@ fn status_and_list_tell_what_there_is() {
     );
 }
 
+/// What the option asks for is done where the kernel lets it, so the daemon's threads say what is right.
+#[test]
+fn status_tells_whether_processors_poll() {
+    let polls = |mount: &Mount| {
+        let tasks = format!("/proc/{}/task", mount.server().as_raw_nonzero());
+        let polls = fs::read_dir(tasks).unwrap().any(|task| {
+            let name = fs::read_to_string(task.unwrap().path().join("comm"));
+            name.is_ok_and(|name| name.trim() == "cowfs-polling")
+        });
+        let word = if polls { "poll" } else { "halt" };
+        assert_eq!(mount.full_status()["idle"].as_str(), Some(word));
+        let text = cowfs(&words(&["status"], &[&mount.mnt])).success("status");
+        assert!(
+            text.stdout.contains(&format!("idle={word}")),
+            "{}",
+            text.stdout
+        );
+        polls
+    };
+    let mount = Mount::new("idle", LIMIT);
+    polls(&mount);
+    mount.remount_with("idle=halt");
+    assert!(!polls(&mount));
+}
+
 #[test]
 fn destroy_leaves_a_plain_directory() {
     let mount = Mount::new("destroy", LIMIT);

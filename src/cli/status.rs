@@ -76,7 +76,10 @@ fn rows(root: &Path, status: &Status) -> Vec<(&'static str, String)> {
         ("state", status.state.clone()),
         (
             "mode",
-            format!("durability={}, cache={}", status.durability, status.cache),
+            format!(
+                "durability={}, cache={}, idle={}",
+                status.durability, status.cache, status.idle
+            ),
         ),
         (
             "snapshots",

@@ -1,6 +1,7 @@
 //! The answers to the hidden attributes of [`crate::control`].
 
 use super::handover::SnapshotMounts;
+use crate::config::Idle;
 use crate::control::{
     CHECK_XATTR, CutStatus, HELD_XATTR, MountOrder, SNAPSHOT_XATTR, STATUS_XATTR, SnapshotStatus,
     SpaceStatus, Status, XATTR_MAX,
@@ -119,6 +120,12 @@ fn status(mounts: &SnapshotMounts, snapshot: Option<String>) -> Status {
         state: state.into(),
         durability: config.durability.as_str().into(),
         cache: config.cache.as_str().into(),
+        idle: match mounts.polling {
+            Some(_) => Idle::Poll,
+            None => Idle::Halt,
+        }
+        .as_str()
+        .into(),
         epoch: engine.store().epoch().0,
         snapshots: engine.snapshots().count() as u64,
         store_bytes: stats.journal_bytes + stats.index_bytes,

@@ -569,7 +569,7 @@ impl Mount {
 
     /// What `cowfs status --json` says.
     #[track_caller]
-    fn full_status(&self) -> serde_json::Value {
+    pub(crate) fn full_status(&self) -> serde_json::Value {
         let outcome = run(
             Command::new(&self.bin)
                 .args(["status", "--json"])
