@@ -9,6 +9,8 @@ const BORDERS: &[(&[&str], &[&str])] = &[
     (&["fuser::", "fuser;", "extern crate fuser"], &["fuse/"]),
     (&["sled::", "sled;"], &["store/index.rs"]),
     (&["unsafe "], &["sys.rs"]),
+    // A process that is started would inherit the copy: fcntl_dupfd_cloexec.
+    (&["io::dup("], &[]),
     (&["std::sync", "crossbeam", "parking_lot"], &["sync.rs"]),
     (&["crate::cli"], &["cli/"]),
     (&["crate::fuse"], &["cli/", "fuse/"]),

@@ -6,9 +6,11 @@
 mod support;
 
 use rustix::io::Errno;
-use rustix::process::{Signal, kill_process};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -434,4 +436,112 @@ fn a_comparison_of_the_live_tree_with_a_snapshot_sees_a_file_of_equal_size() {
     let other = diff();
     assert_eq!(other.status.code(), Some(1), "{}", other.stderr);
     assert!(other.stdout.contains("d/f"), "{}", other.stdout);
+}
+
+/// Large enough that what a reader has passed is dropped from the cache (docs/ARCHITECTURE.md, "Drop-behind").
+const LARGE: usize = 64 << 20;
+
+/// Reads a file of [`LARGE`] bytes from one end to the other.
+#[track_caller]
+fn read_through(path: &Path) {
+    let mut buffer = vec![0; 1 << 20];
+    let mut file = File::open(path).unwrap();
+    let mut left = LARGE;
+    while left > 0 {
+        let n = file.read(&mut buffer).unwrap();
+        assert!(n > 0, "{} ends early", path.display());
+        left -= n;
+    }
+}
+
+/// Processes that the server has started.
+fn children(server: Pid) -> Vec<i32> {
+    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid = entry.unwrap().file_name().to_str()?.parse().ok()?;
+        // After the name of the program, which may contain anything: the state, then the parent (proc_pid_stat(5)).
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let parent = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?;
+        (parent == server.as_raw_nonzero().to_string()).then_some(pid)
+    });
+    processes.collect()
+}
+
+/// A helper outlives the server for a moment. If it had the device the kernel would not see that nobody answers any
+/// more, and the helper itself would wait for an answer for ever.
+#[test]
+fn helpers_have_nothing_of_the_servers_open() {
+    let scene = Scene::new("alone-helpers");
+    let (mount, place) = (&scene.mount, &scene.place);
+    fs::write(mount.mnt.join("large"), vec![1; LARGE]).unwrap();
+    let snapshot = mount.snapshot("b");
+    scene.mount_at("b", place);
+    let check = || {
+        for path in [snapshot.join("large"), place.join("large")] {
+            read_through(&path);
+        }
+        let children = children(mount.server());
+        assert!(!children.is_empty());
+        for pid in children {
+            for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+                // It may be closed by now.
+                let Ok(open) = fs::read_link(entry.unwrap().path()) else {
+                    continue;
+                };
+                let ours = open == Path::new("/dev/fuse") || open.starts_with(&mount.backing);
+                assert!(!ours, "helper {pid} has {}", open.display());
+            }
+        }
+    };
+    check();
+    for pid in children(mount.server()) {
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    }
+    mount.snapshot("c"); // another flush helper
+    check();
+    // The mount of the snapshot ends with the server.
+    mount.kill_server();
+    cowfs(&["umount", "-l"], &[place]).success("detach");
+    scene.mount_at("b", place);
+    check();
+    scene.umount();
+}
+
+/// Whoever has closed what he read can unmount at once: restic(1) and umount(8), one after the other in a script.
+#[test]
+fn nobody_else_makes_a_mount_busy() {
+    let scene = Scene::new("alone-busy");
+    let (mount, place) = (&scene.mount, &scene.place);
+    fs::write(mount.mnt.join("large"), vec![1; LARGE]).unwrap();
+    let snapshot = mount.snapshot("b");
+    for _ in 0..10 {
+        scene.mount_at("b", place);
+        read_through(&place.join("large"));
+        unmount(place, UnmountFlags::empty()).unwrap();
+    }
+    for _ in 0..5 {
+        read_through(&snapshot.join("large"));
+        unmount(&mount.mnt, UnmountFlags::empty()).unwrap();
+        mount.mount();
+    }
+}
+
+/// A snapshot whose files are all closed can be deleted, whatever the helper does.
+#[test]
+fn a_helper_that_stands_still_does_not_keep_a_snapshot() {
+    let scene = Scene::new("alone-stopped");
+    let mount = &scene.mount;
+    fs::write(mount.mnt.join("large"), vec![1; LARGE]).unwrap();
+    let large = mount.snapshot("b").join("large");
+    read_through(&large); // all helpers are there by now
+    let helpers = children(mount.server());
+    let signal = |signal| {
+        for pid in &helpers {
+            kill_process(Pid::from_raw(*pid).unwrap(), signal).unwrap();
+        }
+    };
+    signal(Signal::STOP);
+    read_through(&large);
+    let deleted = fs::remove_dir(mount.snapshot_path("b"));
+    signal(Signal::CONT);
+    deleted.unwrap();
 }

@@ -202,12 +202,12 @@ impl Handles {
             .ok_or(Error::Os(Errno::BADF))
     }
 
-    /// Forgets an open file; it closes when the last request on it is done.
-    pub fn close_file(&self, id: HandleId) {
+    /// Forgets an open file, and gives it back; it closes when the last request on it is done.
+    pub fn close_file(&self, id: HandleId) -> Option<Arc<OpenFile>> {
         // The value outlives the lock: closing may block.
         let file = self.shard(id).write().remove(&id);
         self.erase(file.as_ref().and_then(|open| open.slot));
-        drop(file);
+        file.map(|open| open.what)
     }
 
     /// Registers a directory that the request `unique` opened.

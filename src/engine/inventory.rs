@@ -558,7 +558,7 @@ mod tests {
         let noted = first.add_intent(&intent).unwrap();
         first.set_lookups(a, 5);
         first.remove(b);
-        let copy = rustix::io::dup(first.file()).unwrap();
+        let copy = rustix::io::fcntl_dupfd_cloexec(first.file(), 0).unwrap();
         let (second, found) = Inventory::take_over(copy).unwrap();
         let told = KnownNode {
             lookups: 5,
@@ -609,7 +609,7 @@ mod tests {
                 first.remove(*slot);
             }
         }
-        let copy = rustix::io::dup(first.file()).unwrap();
+        let copy = rustix::io::fcntl_dupfd_cloexec(first.file(), 0).unwrap();
         let (second, found) = Inventory::take_over(copy).unwrap();
         let inos: Vec<u64> = found
             .nodes
@@ -628,7 +628,7 @@ mod tests {
             MANY
         );
         assert!(held(&second) <= most + (1 << 20));
-        let copy = rustix::io::dup(second.file()).unwrap();
+        let copy = rustix::io::fcntl_dupfd_cloexec(second.file(), 0).unwrap();
         let (third, found) = Inventory::take_over(copy).unwrap();
         let mut inos: Vec<u64> = found
             .nodes

@@ -34,6 +34,12 @@ impl Passed {
         self.passed = passed.end;
         Some(passed)
     }
+
+    /// What is left of it when the file is closed, if anything was worth saying before. It is passed as well: left alone it
+    /// would be there for the next reader, who then asks for less and leaves more.
+    pub fn rest(&self) -> Option<Range<u64>> {
+        (self.passed > self.run.start && self.run.follows()).then_some(self.passed..self.run.end)
+    }
 }
 
 #[cfg(test)]
@@ -49,6 +55,7 @@ mod tests {
             .filter_map(|n| run.note(&(n * MIB..(n + 1) * MIB)))
             .collect();
         assert_eq!(passed, [0..8 * MIB, 8 * MIB..16 * MIB]);
+        assert_eq!(run.rest(), Some(16 * MIB..25 * MIB));
     }
 
     #[test]
@@ -65,6 +72,7 @@ mod tests {
     fn a_short_file_is_left_alone() {
         let mut run = Passed::default();
         assert!((0..15).all(|n| run.note(&(n * MIB..(n + 1) * MIB)).is_none()));
+        assert_eq!(run.rest(), None);
     }
 
     #[test]
@@ -76,6 +84,7 @@ mod tests {
             run.note(&(at..at + 8_192)).is_none()
         }));
         assert!((0..1_000).all(|n| run.note(&(n * 100_000..n * 100_000 + 8_192)).is_none()));
+        assert_eq!(run.rest(), None);
     }
 
     #[test]

@@ -70,22 +70,21 @@ pub fn attach(config: &MountConfig) -> Result<OwnedFd> {
 /// How far the kernel reads ahead on a mount: two requests, so that the disk is not idle between one and the next.
 const READ_AHEAD: u32 = 2 * MAX_WRITE;
 
-/// Lets the kernel read far ahead, once it has agreed on the protocol. False where that is not permitted: reading is
-/// slower, and nothing else.
-pub(super) fn read_far_ahead(mountpoint: &Path) -> bool {
+/// The number of the cowfs filesystem that is mounted there, as the mount table writes it.
+pub(super) fn device_of(mountpoint: &Path) -> Option<String> {
     let mounts = control::mounts().unwrap_or_default();
-    match mounts.iter().rfind(|mount| mount.mountpoint == mountpoint) {
-        Some(mount) if mount.is_cowfs() => read_far_ahead_on(&mount.device),
-        _ => {
-            log::debug!("{} is not in the mount table", mountpoint.display());
-            false
-        }
+    let ours = mounts.into_iter().rfind(|m| m.mountpoint == mountpoint);
+    let device = ours.filter(|m| m.is_cowfs()).map(|m| m.device);
+    if device.is_none() {
+        log::debug!("{} is not in the mount table", mountpoint.display());
     }
+    device
 }
 
-/// The same for the mount with this number of a device. By default the kernel reads 128 KiB ahead on a FUSE mount, which
-/// makes eight requests of one (Documentation/ABI/testing/sysfs-class-bdi of the kernel).
-pub(super) fn read_far_ahead_on(device: &str) -> bool {
+/// Lets the kernel read far ahead on the mount with this number of a device, once it has agreed on the protocol. By default it
+/// reads 128 KiB ahead on a FUSE mount, which makes eight requests of one (Documentation/ABI/testing/sysfs-class-bdi of the
+/// kernel). False where that is not permitted: reading is slower, and nothing else.
+pub(super) fn read_far_ahead(device: &str) -> bool {
     let limit = format!("/sys/class/bdi/{device}/read_ahead_kb");
     let set = std::fs::write(&limit, (READ_AHEAD >> 10).to_string());
     if let Err(error) = &set {

@@ -440,7 +440,7 @@ mod tests {
         )
         .unwrap();
         let crew = Crew::new(None);
-        crew.serve(rustix::io::dup(&device).unwrap());
+        crew.serve(rustix::io::fcntl_dupfd_cloexec(&device, 0).unwrap());
         let device = Arc::new(device);
         let (tell, done) = unbounded();
         let (allow, allowed) = unbounded();

@@ -9,67 +9,106 @@
 //! died in that state, in which nobody else can answer, would never let go of the device.
 
 use super::flush::{FlushHelper, Order};
-use crate::engine::handle::OpenFile;
-use crate::error::Result;
+use crate::engine::handle::{MemberFile, OpenFile};
+use crate::sync::OnceLock;
 use crate::sync::channel::{Receiver, Sender, bounded};
-use crate::sync::{Arc, OnceLock, Weak};
+use rustix::fs::makedev;
+use rustix::thread::{CapabilitySet, capabilities};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::Path;
 
 /// So many ranges may wait to be dropped; further ones stay in the cache, which is no harm.
 const WAITING: usize = 64;
 
-/// What is dropped of a file, as long as it is open: later the mount might be found busy by who unmounts it.
-type Dropped = (Weak<OpenFile>, Range<u64>);
+/// Opening files by handle on a mount that is apart takes these (open_by_handle_at(2), open_tree(2)).
+const NEEDED: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(CapabilitySet::SYS_ADMIN);
 
-/// Drops from the cache of one mount.
-#[derive(Debug, Default)]
-pub(super) struct DropBehind(OnceLock<Sender<Dropped>>);
+/// A range of a file in the words of [`Order::Forget`].
+type Dropped = [u64; 4];
 
-impl DropBehind {
-    /// Begins; `place` says where the mount is, once that is of interest. Before that nothing is dropped.
-    pub(super) fn serve(&self, place: impl FnOnce() -> Option<PathBuf> + Send + 'static) {
-        let (sender, dropped) = bounded(WAITING);
-        let work = move || {
-            if let Err(error) = drop_each(place, &dropped) {
-                log::debug!("what was read of snapshots stays in the cache: {error}");
-            }
-        };
-        let started = std::thread::Builder::new()
+/// Drops from the caches of all mounts of a server.
+#[derive(Debug, Clone)]
+pub(super) struct Dropper(Sender<Dropped>);
+
+impl Dropper {
+    /// Starts the helper, before the mount is made, as [`FlushHelper::start`] asks for. `None` without the right to what it
+    /// does, which is no harm.
+    pub(super) fn start(mountpoint: &Path) -> Option<Self> {
+        let may = capabilities(None).is_ok_and(|sets| sets.effective.contains(NEEDED));
+        if !may {
+            return None;
+        }
+        let helper = FlushHelper::start(mountpoint);
+        let helper = helper.inspect_err(|error| log::warn!("{error}")).ok()?;
+        let (sender, ranges) = bounded(WAITING);
+        std::thread::Builder::new()
             .name("cowfs-passed".into())
-            .spawn(work);
-        if let Err(error) = started {
-            return log::warn!("cannot start a thread: {error}");
-        }
-        if self.0.set(sender).is_err() {
-            log::error!("a mount was given two devices");
-        }
+            .spawn(move || drop_each(&helper, &ranges))
+            .inspect_err(|error| log::warn!("cannot start a thread: {error}"))
+            .ok()?;
+        Some(Self(sender))
     }
+}
 
-    /// Notes a read of an open file.
-    pub(super) fn read(&self, file: &Arc<OpenFile>, read: Range<u64>) {
-        if let (OpenFile::At(at), Some(sender)) = (&**file, self.0.get())
-            && let Some(passed) = at.passed.lock().note(&read)
-        {
-            let _ = sender.try_send((Arc::downgrade(file), passed));
+/// Until the last mount ends, and with it the last sender.
+fn drop_each(helper: &FlushHelper, ranges: &Receiver<Dropped>) {
+    for range in ranges {
+        if let Err(error) = helper.ask(Order::Forget, &range) {
+            return log::warn!("what was read of snapshots stays in the cache: {error}");
         }
     }
 }
 
-/// Until the mount ends, and with it the last sender. The helper is started when there is something to do.
-fn drop_each(place: impl FnOnce() -> Option<PathBuf>, dropped: &Receiver<Dropped>) -> Result<()> {
-    let Ok(first) = dropped.recv() else {
-        return Ok(());
-    };
-    let Some(place) = place() else {
-        return Ok(());
-    };
-    let helper = FlushHelper::start(&place)?;
-    for (file, range) in std::iter::once(first).chain(dropped) {
-        if let Some(OpenFile::At(at)) = file.upgrade().as_deref() {
-            let words = [at.member.node(), range.start, range.end - range.start];
-            helper.ask(Order::Forget, &words)?;
+/// What readers of one mount pass.
+#[derive(Debug)]
+pub(super) struct DropBehind {
+    dropper: Option<Dropper>,
+    device: OnceLock<u64>,
+}
+
+impl DropBehind {
+    pub(super) fn new(dropper: Option<Dropper>) -> Self {
+        Self {
+            dropper,
+            device: OnceLock::new(),
         }
     }
-    Ok(())
+
+    /// Tells the number of the mounted filesystem, as the mount table writes it. Before that nothing is dropped.
+    pub(super) fn serve(&self, device: &str) {
+        let number = device.split_once(':').and_then(|(major, minor)| {
+            let (major, minor) = (major.parse().ok()?, minor.parse().ok()?);
+            Some(makedev(major, minor))
+        });
+        match number.map(|number| self.device.set(number)) {
+            Some(Ok(())) => {}
+            Some(Err(_)) => log::error!("a mount was given two devices"),
+            None => log::error!("{device:?} is no number of a device"),
+        }
+    }
+
+    /// Notes a read of an open file.
+    pub(super) fn read(&self, file: &OpenFile, read: &Range<u64>) {
+        if let OpenFile::At(at) = file
+            && let Some(passed) = at.passed.lock().note(read)
+        {
+            self.drop_range(at, passed);
+        }
+    }
+
+    /// Notes that a file was closed.
+    pub(super) fn closed(&self, file: &OpenFile) {
+        if let OpenFile::At(at) = file
+            && let Some(rest) = at.passed.lock().rest()
+        {
+            self.drop_range(at, rest);
+        }
+    }
+
+    fn drop_range(&self, file: &MemberFile, Range { start, end }: Range<u64>) {
+        if let (Some(Dropper(sender)), Some(device)) = (&self.dropper, self.device.get()) {
+            // Nobody waits for this.
+            let _ = sender.try_send([*device, file.member.node(), start, end - start]);
+        }
+    }
 }

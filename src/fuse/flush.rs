@@ -5,14 +5,17 @@
 //! in that state, the daemon would never close `/dev/fuse`, and the mount would hang for ever. So a small
 //! process of its own asks, over a pair of pipes.
 
+use crate::control;
 use crate::engine::nodes::NodeId;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, channel};
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, StatxFlags, fadvise};
+use rustix::fs::{Advice, AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
+use rustix::fs::{fadvise, major, makedev, minor};
 use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::{Read, Write};
@@ -53,7 +56,8 @@ pub(super) enum Order {
     Drop = 4,
     /// As `Clean`, by the descriptors that were taken, and tell whose pages do not come in [`COMING`].
     CleanTaken = 5,
-    /// Forget clean pages that nobody uses, waiting for none. Not a list of nodes, but of these with a place and a length.
+    /// Forget clean pages that nobody uses, waiting for none. Not a list of nodes of the mount, but each with the number of
+    /// its filesystem before it, and a place and a length after it.
     Forget = 6,
 }
 
@@ -400,13 +404,14 @@ fn carry_out(
         *taken = Taken::default();
         return Ok(());
     }
+    if order == Order::Forget {
+        nodes.chunks_exact(4).for_each(forget);
+        return Ok(());
+    }
     let dir = taken
         .root
         .take()
         .map_or_else(|| open_root(mountpoint), Ok)?;
-    if order == Order::Forget {
-        return forget(dir.as_fd(), nodes);
-    }
     let keeps = matches!(order, Order::Take | Order::Seal | Order::CleanTaken);
     for nodes in nodes.chunks(AT_ONCE) {
         let mut files = Vec::with_capacity(nodes.len());
@@ -436,17 +441,43 @@ fn carry_out(
     Ok(())
 }
 
-/// [`Order::Forget`]: posix_fadvise(2) passes over pages that are locked, mapped or in use.
-fn forget(dir: BorrowedFd<'_>, ranges: &[u64]) -> Result<(), Errno> {
-    for range in ranges.chunks_exact(3) {
-        match open_file_by_handle(dir, &handle_of(range[0])) {
-            Ok(file) => fadvise(&file, range[1], NonZeroU64::new(range[2]), Advice::DontNeed)?,
-            Err(Errno::PERM) => return Err(Errno::PERM),
-            // Gone meanwhile, or of a snapshot that has become invalid: the next is another.
-            Err(_) => {}
-        }
+/// [`Order::Forget`] of one range. What cannot be reached is gone meanwhile or out of sight, and stays as it is.
+fn forget(range: &[u64]) {
+    let dropped = open_apart(range[0]).and_then(|dir| {
+        let file = open_file_by_handle(dir.as_fd(), &handle_of(range[1]))?;
+        // Passes over pages that are locked, mapped or in use.
+        fadvise(&file, range[2], NonZeroU64::new(range[3]), Advice::DontNeed)
+    });
+    if let Err(errno) = dropped {
+        log::debug!("node {} is left alone: {errno}", range[1]);
     }
-    Ok(())
+}
+
+/// Opens the root of a mounted filesystem, apart from where it is mounted (open_tree(2)): nobody finds it busy who unmounts it
+/// there.
+///
+/// # Errors
+/// `ENOENT` if it is mounted nowhere that can be seen.
+fn open_apart(device: u64) -> Result<OwnedFd, Errno> {
+    let number = format!("{}:{}", major(device), minor(device));
+    let mounts = control::mounts().map_err(|_| Errno::IO)?;
+    let places = mounts.iter().filter(|mount| mount.device == number);
+    let mut opened = places.map(|mount| open_apart_at(&mount.mountpoint, device));
+    let first = opened.next().unwrap_or(Err(Errno::NOENT));
+    // Of several one may be beneath another mount.
+    first.or_else(|errno| opened.find_map(Result::ok).ok_or(errno))
+}
+
+fn open_apart_at(place: &Path, device: u64) -> Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, place, flags)?;
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let what = rustix::fs::statx(&tree, c"", flags, StatxFlags::TYPE)?;
+    if makedev(what.stx_dev_major, what.stx_dev_minor) != device {
+        return Err(Errno::XDEV);
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(&tree, c".", flags, Mode::empty())
 }
 
 /// [`Order::Clean`] of open files; false if it takes longer than [`COMING`]. It goes on then, in a thread of its own.

@@ -5,7 +5,8 @@
 //! descriptor out of it (pidfd_getfd(2)) and serves it beside the live mount, on the same engine.
 
 use super::REQUEST_THREADS;
-use super::attach::{detach, read_far_ahead_on};
+use super::attach::{detach, read_far_ahead};
+use super::dropbehind::Dropper;
 use super::idle::Polling;
 use super::pool::Pool;
 use super::snapshot::SnapshotAdapter;
@@ -19,7 +20,7 @@ use crate::sync::{Arc, Mutex, Weak};
 use fuser::{Config, Request, Session, SessionACL};
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, makedev};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, geteuid, pidfd_getfd, pidfd_open};
 use std::path::PathBuf;
 use std::thread::JoinHandle;
@@ -34,6 +35,8 @@ pub(super) struct SnapshotMounts {
     pub(super) config: MountConfig,
     /// What idle processors are made to do while requests come to any of the mounts.
     pub(super) polling: Option<Arc<Polling>>,
+    /// Drops from the caches of all of them what readers have passed.
+    pub(super) dropper: Option<Dropper>,
     /// Threads for requests that may have to wait for a disk.
     pub(super) waiting: Arc<Pool>,
     /// How many servers the live mount had before this one.
@@ -71,6 +74,7 @@ impl SnapshotMounts {
     pub(super) fn new(
         engine: Arc<Engine>,
         config: MountConfig,
+        dropper: Option<Dropper>,
         waiting: Arc<Pool>,
         served: u32,
     ) -> Arc<Self> {
@@ -78,6 +82,7 @@ impl SnapshotMounts {
             engine,
             polling: Polling::find(config.idle).map(Arc::new),
             config,
+            dropper,
             waiting,
             served,
             mounted: Mutex::default(),
@@ -147,12 +152,9 @@ impl SnapshotMounts {
         options.acl = SessionACL::All;
         let session = Session::from_fd(adapter, device, options.acl, options)
             .map_err(|e| Error::io("cannot serve", "the device", &e))?;
-        reader.crew.serve(rustix::io::dup(&session)?);
-        // None where the mount is in a namespace of its own.
-        let device = order.device.clone();
-        let place = move || places_of(&device).into_iter().next();
-        reader.dropbehind.serve(place);
-        read_far_ahead_on(&order.device);
+        reader.crew.serve(fcntl_dupfd_cloexec(&session, 0)?);
+        reader.dropbehind.serve(&order.device);
+        read_far_ahead(&order.device);
         self.mounted.lock().push(mounted);
         Ok(session)
     }

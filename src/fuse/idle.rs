@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const GOVERNOR: &str = "/sys/devices/system/cpu/cpuidle/current_governor";
-const HALT_POLL: &str = "/sys/module/haltpoll/parameters/guest_halt_poll_ns";
+const HALTPOLL: &str = "/sys/module/haltpoll/parameters";
 const LATENCY: &str = "/dev/cpu_dma_latency";
 
 /// So many requests in such a time come one after another: they lie about as close as what haltpoll by itself would
@@ -47,10 +47,9 @@ impl Polling {
     /// `None` if `choice` forbids it, if the kernel sees to it by itself or does not let this process.
     #[must_use]
     pub fn find(choice: Idle) -> Option<Self> {
-        let is = |path: &str, value: &str| {
-            std::fs::read_to_string(path).is_ok_and(|text| text.trim() == value)
-        };
-        if choice == Idle::Halt || !is(GOVERNOR, "haltpoll") || !is(HALT_POLL, "0") {
+        let governed =
+            std::fs::read_to_string(GOVERNOR).is_ok_and(|name| name.trim() == "haltpoll");
+        if choice == Idle::Halt || !governed || !leaves_it_to_us(Path::new(HALTPOLL)) {
             return None;
         }
         let latency = open_latency(Path::new(LATENCY))?;
@@ -101,6 +100,16 @@ impl Polling {
             let _ = self.rouse.try_send(());
         }
     }
+}
+
+/// Whether haltpoll, with these parameters, does not poll by itself, and ends a poll that it was made to do.
+/// Without the last each processor would go on with it for good (`adjust_poll_limit` of
+/// drivers/cpuidle/governors/haltpoll.c).
+fn leaves_it_to_us(parameters: &Path) -> bool {
+    let value = |name: &str| std::fs::read_to_string(parameters.join(name)).unwrap_or_default();
+    value("guest_halt_poll_ns").trim() == "0"
+        && value("guest_halt_poll_allow_shrink").trim() == "Y"
+        && !matches!(value("guest_halt_poll_shrink").trim(), "" | "1")
 }
 
 fn open_latency(path: &Path) -> Option<OwnedFd> {
@@ -227,6 +236,28 @@ mod tests {
             &asked,
             MICROSECOND,
         );
+    }
+
+    #[test]
+    fn no_poll_is_begun_that_would_not_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |ns: &str, allow_shrink: &str, shrink: &str| {
+            for (name, value) in [
+                ("ns", ns),
+                ("allow_shrink", allow_shrink),
+                ("shrink", shrink),
+            ] {
+                let path = dir.path().join(format!("guest_halt_poll_{name}"));
+                std::fs::write(path, format!("{value}\n")).unwrap();
+            }
+            leaves_it_to_us(dir.path())
+        };
+        assert!(!leaves_it_to_us(dir.path()));
+        assert!(with("0", "Y", "2"));
+        assert!(with("0", "Y", "0"));
+        assert!(!with("200000", "Y", "2"));
+        assert!(!with("0", "N", "2"));
+        assert!(!with("0", "Y", "1"));
     }
 
     #[test]

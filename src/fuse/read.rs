@@ -74,7 +74,7 @@ impl Reader {
             listings: FopenFlags::empty(),
             crew: Crew::new(mounts.polling.clone()),
             waiting: mounts.waiting.clone(),
-            dropbehind: DropBehind::default(),
+            dropbehind: DropBehind::new(mounts.dropper.clone()),
             engine,
         }
     }
@@ -227,13 +227,23 @@ impl Reader {
         Ok(self.handles.add_file(file, unique))
     }
 
-    pub(super) fn read(&self, fh: FileHandle, offset: u64, size: u32, reply: ReplyData) {
+    pub(super) fn read(
+        &self,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        flags: OpenFlags,
+        reply: ReplyData,
+    ) {
         let file = match self.file(fh) {
             Ok(file) => file,
             Err(error) => return reply.error(errno(&error)),
         };
-        self.dropbehind
-            .read(&file, offset..offset + u64::from(size));
+        // Direct reads fill no cache: what others have there is theirs.
+        if flags.0 & libc::O_DIRECT == 0 {
+            let read = offset..offset + u64::from(size);
+            self.dropbehind.read(&file, &read);
+        }
         with_buffer(size, |buf| {
             match self.engine.read_cached(&file, offset, buf) {
                 Ok(Some(n)) => reply.data(&buf[..n]),
@@ -271,7 +281,9 @@ impl Reader {
     }
 
     pub(super) fn release(&self, fh: FileHandle, reply: ReplyEmpty) {
-        self.handles.close_file(fh.0);
+        if let Some(file) = self.handles.close_file(fh.0) {
+            self.dropbehind.closed(&file);
+        }
         reply.ok();
     }
 

@@ -327,12 +327,12 @@ impl Filesystem for Adapter {
         fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let _turn = self.reader.crew.turn();
-        self.reader.read(fh, offset, size, reply);
+        self.reader.read(fh, offset, size, flags, reply);
     }
 
     fn write(

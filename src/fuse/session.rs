@@ -1,6 +1,7 @@
 //! A mount from beginning to end.
 
-use super::attach::{attach, detach, read_far_ahead};
+use super::attach::{attach, detach, device_of, read_far_ahead};
+use super::dropbehind::Dropper;
 use super::flush::FlushHelper;
 use super::handover::SnapshotMounts;
 use super::kept::{Ended, Kept};
@@ -15,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::sync::Arc;
 use fuser::{Config, INodeNo, Session, SessionACL};
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -106,7 +108,7 @@ impl Server {
             witness: None,
             faults: None,
         };
-        let directory = rustix::io::dup(&kept.directory)?;
+        let directory = fcntl_dupfd_cloexec(&kept.directory, 0)?;
         let (engine, found) =
             Engine::open_for_mount(&config.source, directory, options, inventory)?;
         // Before the signals can come, so that one during the mount still unmounts.
@@ -126,20 +128,28 @@ impl Server {
             None
         };
         let waiting = Arc::new(Pool::new("reading", BLOCKING_THREADS)?);
-        let snapshots = SnapshotMounts::new(engine.clone(), config.clone(), waiting, kept.served);
+        let dropper = Dropper::start(&config.mountpoint);
+        let snapshots = SnapshotMounts::new(
+            engine.clone(),
+            config.clone(),
+            dropper,
+            waiting,
+            kept.served,
+        );
         let adapter = Adapter::new(snapshots.clone(), helpers, gate.clone(), &found)?;
         let reader = adapter.reader.clone();
         let session = match device {
             Some(device) => resume(config, adapter, device)?,
             None => begin(config, adapter, kept, &engine)?,
         };
-        reader.crew.serve(rustix::io::dup(&session)?);
-        if read_far_ahead(&config.mountpoint) {
-            engine.backing().expect_read_ahead();
+        reader.crew.serve(fcntl_dupfd_cloexec(&session, 0)?);
+        if let Some(device) = device_of(&config.mountpoint) {
+            reader.dropbehind.serve(&device);
+            if read_far_ahead(&device) {
+                engine.backing().expect_read_ahead();
+            }
         }
         let notifier = session.notifier();
-        let place = config.mountpoint.clone();
-        reader.dropbehind.serve(move || Some(place));
         if let Some(gate) = gate {
             gate.set_notifier(notifier.clone());
         }

@@ -41,7 +41,7 @@ impl SnapshotAdapter {
                 listings: FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
                 crew: Crew::new(mounts.polling.clone()),
                 waiting: mounts.waiting.clone(),
-                dropbehind: DropBehind::default(),
+                dropbehind: DropBehind::new(mounts.dropper.clone()),
             }),
             mounts,
             _view: view,
@@ -93,12 +93,12 @@ impl Filesystem for SnapshotAdapter {
         fh: FileHandle,
         offset: u64,
         size: u32,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let _turn = self.reader.crew.turn();
-        self.reader.read(fh, offset, size, reply);
+        self.reader.read(fh, offset, size, flags, reply);
     }
 
     fn lseek(
