@@ -11,7 +11,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::{Mount, Outcome, cowfs_bin, mount_type, run};
+use support::{Mount, Outcome, cowfs_bin, daemons, mount_type, run};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -381,6 +381,25 @@ fn status_and_list_tell_what_there_is() {
         name.len() == 16 && name.ends_with('Z') && !name.contains(':'),
         "{name}"
     );
+}
+
+#[test]
+fn every_process_has_the_name_of_the_command() {
+    let mount = Mount::new("names", LIMIT);
+    let processes = daemons(&cowfs_bin(), &mount.mnt);
+    assert!(processes.len() > 2, "a server, a keeper and helpers");
+    let bin = cowfs_bin();
+    let own = bin.file_name().unwrap().to_str().unwrap();
+    for pid in processes {
+        let path = format!("/proc/{}/comm", pid.as_raw_nonzero());
+        let name = || fs::read_to_string(&path).unwrap().trim().to_owned();
+        // A helper may be just about to begin.
+        let end = Instant::now() + LIMIT / 2;
+        while !["cowfs", own].contains(&name().as_str()) {
+            assert!(Instant::now() < end, "{} is called {}", path, name());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 /// What the option asks for is done where the kernel lets it, so the daemon's threads say what is right.

@@ -77,12 +77,23 @@ enum Command {
 /// Runs the command that the arguments (with the program's name first) ask for.
 pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.collect();
+    take_name();
     match dispatch(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::complain(&failure.message);
             ExitCode::from(failure.code)
         }
+    }
+}
+
+/// ps(1), top(1) and pgrep(1) show the last part of the path that was executed, and cowfs starts its own processes by
+/// `/proc/self/exe`.
+fn take_name() {
+    if rustix::thread::name().is_ok_and(|name| name.as_c_str() == c"exe")
+        && let Err(errno) = rustix::thread::set_name(c"cowfs")
+    {
+        log::debug!("the process has no name: {errno}");
     }
 }
 
