@@ -2,7 +2,8 @@
 
 use crate::sync::{AtomicU64, Ordering};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SealFlags, StatVfs};
+use rustix::fs::makedev;
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, OFlags, SealFlags, StatVfs, StatxFlags};
 use rustix::io::Errno;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::{CStr, CString};
@@ -362,6 +363,16 @@ pub fn replace_descriptor(place: BorrowedFd<'_>, from: BorrowedFd<'_>) -> Result
     // SAFETY: both numbers are open descriptors; that of `place` stays open and its owner's to close.
     let done = unsafe { libc::dup3(from.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) };
     if done < 0 { Err(last_errno()) } else { Ok(()) }
+}
+
+/// The number of the filesystem that an open descriptor is on. A FUSE filesystem is not asked (statx(2), `AT_STATX_DONT_SYNC`).
+///
+/// # Errors
+/// Those of the call.
+pub fn device(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let what = rustix::fs::statx(fd, c"", flags, StatxFlags::TYPE)?;
+    Ok(makedev(what.stx_dev_major, what.stx_dev_minor))
 }
 
 /// The path under which the kernel offers an open descriptor, for calls that take no descriptor or refuse

@@ -5,6 +5,8 @@
 
 mod support;
 
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -339,6 +341,52 @@ fn signals_unmount_cleanly() {
     mount.mount();
 }
 
+/// `killall cowfs`, ^C of one in the foreground, and the end of a service signal all processes of a daemon: the server is told
+/// twice. It took the filesystem away that it was mounted over.
+#[test]
+fn signals_take_nothing_away_but_the_mount() {
+    let mount = Mount::new("signals-all", LIMIT * 2);
+    let disk = mount.root.join("disk");
+    fs::create_dir(&disk).unwrap();
+    let tmpfs = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"])
+        .arg(&disk)
+        .status();
+    assert!(tmpfs.unwrap().success());
+    for signal in [Signal::TERM, Signal::INT].repeat(4) {
+        cowfs(&words(&["mount"], &[&disk])).success("mount");
+        assert_eq!(mount_type(&disk).as_deref(), Some("fuse.cowfs"));
+        fs::write(disk.join("f"), "data").unwrap();
+        for pid in daemons(&cowfs_bin(), &disk) {
+            // One may have ended with another.
+            let _ = kill_process(pid, signal);
+        }
+        let start = Instant::now();
+        while !daemons(&cowfs_bin(), &disk).is_empty() {
+            assert!(start.elapsed() < LIMIT, "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert_eq!(mount_type(&disk).as_deref(), Some("tmpfs"));
+        assert_eq!(fs::read(disk.join("f")).unwrap(), b"data");
+    }
+    // Two who unmount the same mount, which is busy for a moment.
+    for _ in 0..4 {
+        cowfs(&words(&["mount"], &[&disk])).success("mount");
+        let open = fs::File::open(disk.join("f")).unwrap();
+        std::thread::scope(|scope| {
+            let unmount = || cowfs(&words(&["umount"], &[&disk]));
+            let both = [scope.spawn(unmount), scope.spawn(unmount)];
+            std::thread::sleep(Duration::from_millis(200));
+            drop(open);
+            for one in both {
+                one.join().unwrap().success("umount");
+            }
+        });
+        assert_eq!(mount_type(&disk).as_deref(), Some("tmpfs"));
+    }
+    unmount(&disk, UnmountFlags::empty()).unwrap();
+}
+
 #[test]
 fn status_and_list_tell_what_there_is() {
     let mount = Mount::new("status", LIMIT);
@@ -392,7 +440,9 @@ fn every_process_has_the_name_of_the_command() {
     let own = bin.file_name().unwrap().to_str().unwrap();
     for pid in processes {
         let path = format!("/proc/{}/comm", pid.as_raw_nonzero());
-        let name = || fs::read_to_string(&path).unwrap().trim().to_owned();
+        // One that has ended has no name.
+        let name =
+            || fs::read_to_string(&path).map_or("cowfs".into(), |name| name.trim().to_owned());
         // A helper may be just about to begin.
         let end = Instant::now() + LIMIT / 2;
         while !["cowfs", own].contains(&name().as_str()) {

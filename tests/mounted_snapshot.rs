@@ -8,12 +8,13 @@ mod support;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::{Mount, Outcome, cowfs_bin, daemons, mount_type, run};
 
@@ -466,6 +467,32 @@ fn children(server: Pid) -> Vec<i32> {
     processes.collect()
 }
 
+/// What a helper has open that is the server's, if anything.
+fn inherited(pid: i32, mount: &Mount) -> Option<String> {
+    let open = |pid: i32| {
+        let entries = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        // The standard streams are for it: stderr is the log.
+        let own = |entry: &fs::DirEntry| !["0", "1", "2"].iter().any(|n| entry.file_name() == *n);
+        let links = entries.flatten().filter(own);
+        let links = links.filter_map(|entry| fs::read_link(entry.path()).ok());
+        links.map(|link| link.to_str().unwrap().to_owned())
+    };
+    let servers: HashSet<String> = open(mount.server().as_raw_nonzero().get()).collect();
+    let special = |link: &String| {
+        [
+            "/dev/fuse",
+            "/memfd:",
+            "socket:",
+            mount.root.to_str().unwrap(),
+        ]
+        .iter()
+        .any(|begin| link.starts_with(begin))
+    };
+    open(pid).find(|link| special(link) && servers.contains(link))
+}
+
 /// A helper outlives the server for a moment. If it had the device the kernel would not see that nobody answers any
 /// more, and the helper itself would wait for an answer for ever.
 #[test]
@@ -479,17 +506,16 @@ fn helpers_have_nothing_of_the_servers_open() {
         for path in [snapshot.join("large"), place.join("large")] {
             read_through(&path);
         }
+        let start = Instant::now();
         let children = children(mount.server());
         assert!(!children.is_empty());
-        for pid in children {
-            for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
-                // It may be closed by now.
-                let Ok(open) = fs::read_link(entry.unwrap().path()) else {
-                    continue;
-                };
-                let ours = open == Path::new("/dev/fuse") || open.starts_with(&mount.backing);
-                assert!(!ours, "helper {pid} has {}", open.display());
-            }
+        // One that is just being started has everything for a moment.
+        while let Some((pid, what)) = children
+            .iter()
+            .find_map(|pid| Some((pid, inherited(*pid, mount)?)))
+        {
+            assert!(start.elapsed() < LIMIT / 2, "helper {pid} has {what}");
+            std::thread::sleep(Duration::from_millis(10));
         }
     };
     check();
@@ -506,42 +532,85 @@ fn helpers_have_nothing_of_the_servers_open() {
     scene.umount();
 }
 
-/// Whoever has closed what he read can unmount at once: restic(1) and umount(8), one after the other in a script.
+/// Stops helpers and lets them go on, until one of them is stopped in the middle of what it does for somebody who reads
+/// `path`. Nobody reads any more when this returns which one.
+#[track_caller]
+fn stop_in_the_middle(helpers: &[i32], path: &Path) -> i32 {
+    let start = Instant::now();
+    loop {
+        let mut reader = Command::new("cat")
+            .arg(path)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        while reader.try_wait().unwrap().is_none() {
+            assert!(start.elapsed() < LIMIT, "no helper does anything");
+            for pid in helpers {
+                signal(*pid, Signal::STOP);
+                if is_at_work(*pid) {
+                    reader.kill().unwrap();
+                    reader.wait().unwrap();
+                    return *pid;
+                }
+                signal(*pid, Signal::CONT);
+            }
+            std::thread::sleep(Duration::from_micros(300));
+        }
+    }
+}
+
+#[track_caller]
+fn signal(pid: i32, signal: Signal) {
+    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+/// Whether a process that is being stopped has a file `large` open.
+fn is_at_work(pid: i32) -> bool {
+    let stopped = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.rsplit_once(')').unwrap().1.starts_with(" T")
+    };
+    while !stopped() {
+        std::thread::yield_now();
+    }
+    let mut open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    open.any(|entry| {
+        fs::read_link(entry.unwrap().path())
+            .unwrap()
+            .ends_with("large")
+    })
+}
+
+/// Whoever has closed what he read can unmount at once, as restic(1) and umount(8) do one after the other in a script.
 #[test]
-fn nobody_else_makes_a_mount_busy() {
+fn a_helper_at_work_does_not_make_a_mount_busy() {
     let scene = Scene::new("alone-busy");
     let (mount, place) = (&scene.mount, &scene.place);
     fs::write(mount.mnt.join("large"), vec![1; LARGE]).unwrap();
     let snapshot = mount.snapshot("b");
-    for _ in 0..10 {
-        scene.mount_at("b", place);
-        read_through(&place.join("large"));
-        unmount(place, UnmountFlags::empty()).unwrap();
+    scene.mount_at("b", place);
+    let helpers = children(mount.server());
+    for (at, large) in [(place, place), (&mount.mnt, &snapshot)] {
+        let stopped = stop_in_the_middle(&helpers, &large.join("large"));
+        let unmounted = unmount(at, UnmountFlags::empty());
+        signal(stopped, Signal::CONT);
+        unmounted.unwrap();
     }
-    for _ in 0..5 {
-        read_through(&snapshot.join("large"));
-        unmount(&mount.mnt, UnmountFlags::empty()).unwrap();
-        mount.mount();
-    }
+    wait_for_the_end(&scene);
+    mount.mount();
 }
 
-/// A snapshot whose files are all closed can be deleted, whatever the helper does.
+/// A snapshot whose files are all closed can be deleted, whatever is left to be dropped of them.
 #[test]
 fn a_helper_that_stands_still_does_not_keep_a_snapshot() {
     let scene = Scene::new("alone-stopped");
     let mount = &scene.mount;
     fs::write(mount.mnt.join("large"), vec![1; LARGE]).unwrap();
-    let large = mount.snapshot("b").join("large");
-    read_through(&large); // all helpers are there by now
+    let snapshot = mount.snapshot("b");
     let helpers = children(mount.server());
-    let signal = |signal| {
-        for pid in &helpers {
-            kill_process(Pid::from_raw(*pid).unwrap(), signal).unwrap();
-        }
-    };
-    signal(Signal::STOP);
-    read_through(&large);
-    let deleted = fs::remove_dir(mount.snapshot_path("b"));
-    signal(Signal::CONT);
+    helpers.iter().for_each(|pid| signal(*pid, Signal::STOP));
+    read_through(&snapshot.join("large"));
+    let deleted = fs::remove_dir(&snapshot);
+    helpers.iter().for_each(|pid| signal(*pid, Signal::CONT));
     deleted.unwrap();
 }

@@ -102,6 +102,8 @@ impl Inherited {
 struct Held {
     device: OwnedFd,
     inventory: OwnedFd,
+    /// The number of the mounted filesystem, as the mount table writes it.
+    number: Option<String>,
     /// The kernel holds writes back in it.
     writeback: bool,
 }
@@ -189,8 +191,8 @@ impl Keeper<'_> {
 
     /// Gives the mount up, so that the next server makes a new one in its place.
     fn begin_anew(&mut self) {
-        if self.held.take().is_some() {
-            crate::fuse::detach(&self.config.mountpoint);
+        if let Some(held) = self.held.take() {
+            crate::fuse::detach(&self.config.mountpoint, held.number.as_deref());
         }
     }
 
@@ -247,6 +249,7 @@ impl Keeper<'_> {
                     self.held = Some(Held {
                         device,
                         inventory,
+                        number: crate::fuse::device_of(&self.config.mountpoint),
                         writeback: message == HOLD_WRITEBACK,
                     });
                 }

@@ -97,7 +97,8 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
         None => None,
     };
     let held = status.is_some_and(|status| status.cache == CacheMode::Writeback.as_str());
-    detach(&place, lazy, if held { WRITING_BACK } else { CLOSING })?;
+    let patience = if held { WRITING_BACK } else { CLOSING };
+    detach(&mount, lazy, patience)?;
     // The daemon lives on while the filesystem is mounted anywhere else.
     let elsewhere = control::mounts()?
         .iter()
@@ -228,9 +229,16 @@ fn ask(place: &Path) -> Option<Status> {
 
 /// Detaches, and gives those `patience` who are just closing their last file: the flush helper among them, after a cut or
 /// the death of its daemon.
-fn detach(place: &Path, lazy: bool, patience: Duration) -> Result<()> {
+fn detach(mount: &MountEntry, lazy: bool, patience: Duration) -> Result<()> {
+    let place = &mount.mountpoint;
     let deadline = Instant::now() + patience;
     loop {
+        // Somebody else may have unmounted it, and what lies beneath is not ours.
+        let mounts = control::mounts()?;
+        let top = control::mount_of(place, &mounts);
+        if top.is_none_or(|top| top.mountpoint != *place || top.device != mount.device) {
+            return Ok(());
+        }
         match try_detach(place, lazy) {
             Err(Busy::Yes) if Instant::now() < deadline => std::thread::sleep(PAUSE),
             Err(Busy::Yes) => return Err(busy(place)),

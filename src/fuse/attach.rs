@@ -3,9 +3,9 @@
 use crate::config::{MountConfig, MountOptions};
 use crate::control;
 use crate::error::{Error, Result};
-use crate::sys::MAX_WRITE;
-use rustix::fd::{AsRawFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
+use crate::sys::{self, MAX_WRITE};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{Mode, OFlags, major, minor};
 use rustix::io::{Errno, FdFlags, IoSliceMut, fcntl_setfd};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use rustix::net::{
@@ -71,7 +71,7 @@ pub fn attach(config: &MountConfig) -> Result<OwnedFd> {
 const READ_AHEAD: u32 = 2 * MAX_WRITE;
 
 /// The number of the cowfs filesystem that is mounted there, as the mount table writes it.
-pub(super) fn device_of(mountpoint: &Path) -> Option<String> {
+pub fn device_of(mountpoint: &Path) -> Option<String> {
     let mounts = control::mounts().unwrap_or_default();
     let ours = mounts.into_iter().rfind(|m| m.mountpoint == mountpoint);
     let device = ours.filter(|m| m.is_cowfs()).map(|m| m.device);
@@ -93,14 +93,21 @@ pub(super) fn read_far_ahead(device: &str) -> bool {
     set.is_ok()
 }
 
-/// Unmounts; a mount in use disappears from the tree at once and ends with its last user.
-pub fn detach(mountpoint: &Path) {
-    let done = match unmount(mountpoint, UnmountFlags::empty()) {
-        Err(Errno::BUSY) => unmount(mountpoint, UnmountFlags::DETACH),
-        other => other,
-    };
+/// Unmounts the filesystem that has the number `device`, if it is what is mounted there: it disappears from the tree at once and
+/// ends with its last user. Somebody else may have unmounted it, and what lies beneath is not ours.
+pub fn detach(mountpoint: &Path, device: Option<&str>) {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let done = rustix::fs::open(mountpoint, flags, Mode::empty()).and_then(|root| {
+        let there = sys::device(root.as_fd())?;
+        if device != Some(format!("{}:{}", major(there), minor(there)).as_str()) {
+            return Err(Errno::INVAL);
+        }
+        // Not by the path, which may mean something else by now.
+        unmount(sys::fd_path(&root), UnmountFlags::DETACH)
+    });
     match done {
         Ok(()) => {}
+        Err(Errno::INVAL) => log::info!("{}: not mounted any more", mountpoint.display()),
         Err(Errno::PERM) => detach_by_helper(mountpoint),
         Err(errno) => log::warn!("{}: cannot unmount: {errno}", mountpoint.display()),
     }

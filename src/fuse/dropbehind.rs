@@ -10,12 +10,14 @@
 
 use super::flush::{FlushHelper, Order};
 use crate::engine::handle::{MemberFile, OpenFile};
-use crate::sync::OnceLock;
 use crate::sync::channel::{Receiver, Sender, bounded};
+use crate::sync::{Arc, OnceLock};
 use rustix::fs::makedev;
 use rustix::thread::{CapabilitySet, capabilities};
 use std::ops::Range;
 use std::path::Path;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// So many ranges may wait to be dropped; further ones stay in the cache, which is no harm.
 const WAITING: usize = 64;
@@ -26,9 +28,16 @@ const NEEDED: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(CapabilitySet
 /// A range of a file in the words of [`Order::Forget`].
 type Dropped = [u64; 4];
 
+/// How long the helper has to end.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// Drops from the caches of all mounts of a server.
-#[derive(Debug, Clone)]
-pub(super) struct Dropper(Sender<Dropped>);
+#[derive(Debug)]
+pub(super) struct Dropper {
+    /// To the thread that does it; nothing more comes after `None`.
+    ranges: Sender<Option<Dropped>>,
+    thread: JoinHandle<()>,
+}
 
 impl Dropper {
     /// Starts the helper, before the mount is made, as [`FlushHelper::start`] asks for. `None` without the right to what it
@@ -40,21 +49,31 @@ impl Dropper {
         }
         let helper = FlushHelper::start(mountpoint);
         let helper = helper.inspect_err(|error| log::warn!("{error}")).ok()?;
-        let (sender, ranges) = bounded(WAITING);
-        std::thread::Builder::new()
+        let (ranges, dropped) = bounded(WAITING);
+        let thread = std::thread::Builder::new()
             .name("cowfs-passed".into())
-            .spawn(move || drop_each(&helper, &ranges))
+            .spawn(move || drop_each(&helper, &dropped))
             .inspect_err(|error| log::warn!("cannot start a thread: {error}"))
             .ok()?;
-        Some(Self(sender))
+        Some(Self { ranges, thread })
+    }
+
+    /// Ends the helper, when no mount is left: whoever waits for the end of the daemon finds none of its processes. One
+    /// that hangs ends by itself when this process is gone.
+    pub(super) fn end(&self) {
+        let end = Instant::now() + ENDING;
+        // It fails if the thread has ended.
+        let _ = self.ranges.send_deadline(None, end);
+        while !self.thread.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
-/// Until the last mount ends, and with it the last sender.
-fn drop_each(helper: &FlushHelper, ranges: &Receiver<Dropped>) {
-    for range in ranges {
+fn drop_each(helper: &FlushHelper, ranges: &Receiver<Option<Dropped>>) {
+    for range in ranges.iter().map_while(|range| range) {
         if let Err(error) = helper.ask(Order::Forget, &range) {
-            return log::warn!("what was read of snapshots stays in the cache: {error}");
+            return log::info!("what was read of snapshots stays in the cache: {error}");
         }
     }
 }
@@ -62,12 +81,12 @@ fn drop_each(helper: &FlushHelper, ranges: &Receiver<Dropped>) {
 /// What readers of one mount pass.
 #[derive(Debug)]
 pub(super) struct DropBehind {
-    dropper: Option<Dropper>,
+    dropper: Option<Arc<Dropper>>,
     device: OnceLock<u64>,
 }
 
 impl DropBehind {
-    pub(super) fn new(dropper: Option<Dropper>) -> Self {
+    pub(super) fn new(dropper: Option<Arc<Dropper>>) -> Self {
         Self {
             dropper,
             device: OnceLock::new(),
@@ -106,9 +125,10 @@ impl DropBehind {
     }
 
     fn drop_range(&self, file: &MemberFile, Range { start, end }: Range<u64>) {
-        if let (Some(Dropper(sender)), Some(device)) = (&self.dropper, self.device.get()) {
+        if let (Some(dropper), Some(device)) = (&self.dropper, self.device.get()) {
+            let range = [*device, file.member.node(), start, end - start];
             // Nobody waits for this.
-            let _ = sender.try_send([*device, file.member.node(), start, end - start]);
+            let _ = dropper.ranges.try_send(Some(range));
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::sys;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Advice, AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
-use rustix::fs::{fadvise, major, makedev, minor};
+use rustix::fs::{fadvise, major, minor};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::HashMap;
@@ -372,6 +372,8 @@ const AT_ONCE: usize = 256;
 #[derive(Default)]
 struct Taken {
     root: Option<OwnedFd>,
+    /// Where the mount was that something was last forgotten on.
+    place: Option<PathBuf>,
     files: HashMap<NodeId, Arc<OwnedFd>>,
 }
 
@@ -405,8 +407,8 @@ fn carry_out(
         return Ok(());
     }
     if order == Order::Forget {
-        nodes.chunks_exact(4).for_each(forget);
-        return Ok(());
+        let mut ranges = nodes.chunks_exact(4);
+        return ranges.try_for_each(|range| forget(range, &mut taken.place));
     }
     let dir = taken
         .root
@@ -442,38 +444,59 @@ fn carry_out(
 }
 
 /// [`Order::Forget`] of one range. What cannot be reached is gone meanwhile or out of sight, and stays as it is.
-fn forget(range: &[u64]) {
-    let dropped = open_apart(range[0]).and_then(|dir| {
-        let file = open_file_by_handle(dir.as_fd(), &handle_of(range[1]))?;
-        // Passes over pages that are locked, mapped or in use.
-        fadvise(&file, range[2], NonZeroU64::new(range[3]), Advice::DontNeed)
+///
+/// # Errors
+/// Of what this process may not do, or the kernel cannot.
+fn forget(range: &[u64], place: &mut Option<PathBuf>) -> Result<(), Errno> {
+    let handle = handle_of(range[1]);
+    let reached = open_apart(range[0], place).and_then(|dir| {
+        let held = hold_file(dir.as_fd(), &handle)?;
+        Ok((dir, held))
     });
-    if let Err(errno) = dropped {
-        log::debug!("node {} is left alone: {errno}", range[1]);
+    match reached {
+        Ok((dir, _held)) => {
+            // It may be refused by who watches what is opened (fanotify(7)); pages that are locked, mapped or in use stay.
+            let opened = open_handle(dir.as_fd(), &handle, OFlags::RDONLY);
+            let length = NonZeroU64::new(range[3]);
+            let _ = opened.and_then(|file| fadvise(&file, range[2], length, Advice::DontNeed));
+            Ok(())
+        }
+        Err(errno @ (Errno::PERM | Errno::NOSYS)) => Err(errno),
+        Err(_) => Ok(()),
     }
 }
 
-/// Opens the root of a mounted filesystem, apart from where it is mounted (open_tree(2)): nobody finds it busy who unmounts it
-/// there.
+/// Opens the root of a mounted filesystem, apart from where it is mounted (open_tree(2)): who unmounts it there does not find it
+/// busy. `place` is where the last one was, which is tried first: with thousands of mounts their table takes long to read.
 ///
 /// # Errors
 /// `ENOENT` if it is mounted nowhere that can be seen.
-fn open_apart(device: u64) -> Result<OwnedFd, Errno> {
+fn open_apart(device: u64, place: &mut Option<PathBuf>) -> Result<OwnedFd, Errno> {
+    if let Some(at) = place
+        && let Ok(root) = open_apart_at(at, device)
+    {
+        return Ok(root);
+    }
     let number = format!("{}:{}", major(device), minor(device));
-    let mounts = control::mounts().map_err(|_| Errno::IO)?;
-    let places = mounts.iter().filter(|mount| mount.device == number);
-    let mut opened = places.map(|mount| open_apart_at(&mount.mountpoint, device));
-    let first = opened.next().unwrap_or(Err(Errno::NOENT));
+    let mut mounts = control::mounts().map_err(|_| Errno::IO)?;
+    // A number is given to another filesystem when this one is gone.
+    mounts.retain(|mount| mount.device == number && mount.is_cowfs());
+    let mut opened = Err(Errno::NOENT);
     // Of several one may be beneath another mount.
-    first.or_else(|errno| opened.find_map(Result::ok).ok_or(errno))
+    for mount in mounts {
+        opened = open_apart_at(&mount.mountpoint, device);
+        if opened.is_ok() {
+            *place = Some(mount.mountpoint);
+            break;
+        }
+    }
+    opened
 }
 
 fn open_apart_at(place: &Path, device: u64) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, place, flags)?;
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let what = rustix::fs::statx(&tree, c"", flags, StatxFlags::TYPE)?;
-    if makedev(what.stx_dev_major, what.stx_dev_minor) != device {
+    if sys::device(tree.as_fd())? != device {
         return Err(Errno::XDEV);
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -564,19 +587,31 @@ fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Opens a regular file by the kernel's handle. What has its number may be a FIFO or a device by now, which are not for
-/// opening: it is looked at first, and held meanwhile, so that its number stays its own.
+fn open_handle(dir: BorrowedFd<'_>, handle: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    sys::open_by_handle(dir, FILEID_INO64_GEN, handle, flags)
+}
+
+/// Opens a regular file by the kernel's handle.
 ///
 /// # Errors
 /// `ESTALE` if it is anything else.
 fn open_file_by_handle(dir: BorrowedFd<'_>, handle: &[u8]) -> Result<OwnedFd, Errno> {
-    let open = |flags| sys::open_by_handle(dir, FILEID_INO64_GEN, handle, flags);
-    let held = open(OFlags::PATH)?;
+    let _held = hold_file(dir, handle)?;
+    open_handle(dir, handle, OFlags::RDONLY)
+}
+
+/// Holds a regular file by the kernel's handle, so that its number stays its own. What has that by now may be a FIFO or a
+/// device, which are not for opening: it is looked at first.
+///
+/// # Errors
+/// `ESTALE` if it is anything else.
+fn hold_file(dir: BorrowedFd<'_>, handle: &[u8]) -> Result<OwnedFd, Errno> {
+    let held = open_handle(dir, handle, OFlags::PATH)?;
     // The type never changes: cowfs is not asked.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let what = rustix::fs::statx(&held, c"", flags, StatxFlags::TYPE)?;
     match FileType::from_raw_mode(what.stx_mode.into()) {
-        FileType::RegularFile => open(OFlags::RDONLY),
+        FileType::RegularFile => Ok(held),
         _ => Err(Errno::STALE),
     }
 }

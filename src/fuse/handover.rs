@@ -36,7 +36,7 @@ pub(super) struct SnapshotMounts {
     /// What idle processors are made to do while requests come to any of the mounts.
     pub(super) polling: Option<Arc<Polling>>,
     /// Drops from the caches of all of them what readers have passed.
-    pub(super) dropper: Option<Dropper>,
+    pub(super) dropper: Option<Arc<Dropper>>,
     /// Threads for requests that may have to wait for a disk.
     pub(super) waiting: Arc<Pool>,
     /// How many servers the live mount had before this one.
@@ -82,7 +82,7 @@ impl SnapshotMounts {
             engine,
             polling: Polling::find(config.idle).map(Arc::new),
             config,
-            dropper,
+            dropper: dropper.map(Arc::new),
             waiting,
             served,
             mounted: Mutex::default(),
@@ -195,21 +195,26 @@ impl SnapshotMounts {
         })
     }
 
-    /// Detaches all mounts of snapshots and returns when their last user is gone.
+    /// To be called when the live mount has ended: detaches all mounts of snapshots and returns when their last user is gone.
     pub(super) fn end(&self) {
-        let places: Vec<PathBuf> = {
+        let devices: Vec<String> = {
             let mounted = self.mounted.lock();
-            mounted.iter().flat_map(Mounted::places).collect()
+            mounted.iter().map(|one| one.device.clone()).collect()
         };
-        // The topmost of two at one place comes last in the table.
-        for place in places.iter().rev() {
-            detach(place);
+        // Of two at one place the later is on top.
+        for device in devices.iter().rev() {
+            for place in places_of(device) {
+                detach(&place, Some(device));
+            }
         }
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             if thread.join().is_err() {
                 log::error!("a thread of the mount of a snapshot panicked");
             }
+        }
+        if let Some(dropper) = &self.dropper {
+            dropper.end();
         }
     }
 }

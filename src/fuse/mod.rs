@@ -23,7 +23,7 @@ mod snapshot;
 mod status;
 mod writeback;
 
-pub use attach::{attach, check_may_mount, detach, remount};
+pub use attach::{attach, check_may_mount, detach, device_of, remount};
 pub use kept::{Ended, HOLD, HOLD_WRITEBACK, Kept, hear};
 pub use session::serve;
 

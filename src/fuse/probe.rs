@@ -4,7 +4,7 @@
 //! are invalidated, and it writes again. If the second write asks for the attributes first, then later ones will; if the
 //! helper can open the file by its handle, then the flush helper will. The rest is the order of the requests.
 
-use super::attach::{attach, detach};
+use super::attach::{attach, detach, device_of};
 use super::flush::{FILEID_INO64_GEN, HELPER_COMMAND, pages_tell_of_requests};
 use super::read::Reader;
 use super::{FOREVER, session};
@@ -48,7 +48,7 @@ pub(super) fn writeback(config: &MountConfig) -> Result<(), String> {
     };
     let device = attach(&config).map_err(|error| error.to_string())?;
     let tried = with_mount(&config, device);
-    detach(&mountpoint);
+    detach(&mountpoint, device_of(&mountpoint).as_deref());
     tried
 }
 

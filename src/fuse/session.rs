@@ -208,7 +208,7 @@ fn begin(
             Session::from_fd(adapter, device, options.acl, options).map_err(failed(config))
         });
     if begun.is_err() {
-        detach(&config.mountpoint);
+        detach(&config.mountpoint, device_of(&config.mountpoint).as_deref());
     }
     begun
 }
@@ -259,6 +259,8 @@ fn run(
     ready: impl FnOnce(),
 ) -> Result<()> {
     let stop = signals.handle();
+    let device = device_of(&config.mountpoint);
+    let device = device.as_deref();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for signal in signals.forever() {
@@ -266,7 +268,7 @@ fn run(
                     "signal {signal}: unmounting {}",
                     config.mountpoint.display()
                 );
-                detach(&config.mountpoint);
+                detach(&config.mountpoint, device);
             }
         });
         let running = scope.spawn(|| session.run().map_err(failed(config)));

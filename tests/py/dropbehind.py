@@ -139,6 +139,11 @@ for _ in running:
     what, done, wrong = told.get(timeout=60)
     c.equal(0, wrong, "%s: wrong content in %d" % (what, done))
 
+# What waited to be dropped has been, when this is.
+while cached(large) > MIB // PAGE:
+    read(large)
+    time.sleep(0.1)
+
 # The mount of a snapshot by itself.
 alone = os.path.join(os.path.dirname(c.mnt), "alone")
 os.mkdir(alone)
