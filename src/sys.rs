@@ -114,14 +114,6 @@ pub fn begin_write_back(fd: BorrowedFd<'_>, from: u64, len: u64) -> Result<(), E
     sync_file_range(fd, from, len, libc::SYNC_FILE_RANGE_WRITE)
 }
 
-/// Waits for the pages of an open file that are being written back (sync_file_range(2)).
-///
-/// # Errors
-/// Those of the call; `EIO` if a page could not be written.
-pub fn wait_for_write_back(fd: BorrowedFd<'_>) -> Result<(), Errno> {
-    sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
-}
-
 /// Writes back the dirty pages of `len` bytes of an open file (0: to its end) and waits for them, without the inode's lock
 /// (sync_file_range(2)).
 ///

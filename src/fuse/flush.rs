@@ -5,10 +5,11 @@
 //! in that state, the daemon would never close `/dev/fuse`, and the mount would hang for ever. So a small
 //! process of its own asks, over a pair of pipes.
 
+use super::hands::{Hands, Numbers};
 use crate::control;
 use crate::engine::nodes::NodeId;
 use crate::error::{Error, Result};
-use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, channel};
+use crate::sync::{Arc, Mutex, MutexGuard, channel};
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -77,8 +78,8 @@ impl Order {
 pub(super) struct FlushHelper {
     mountpoint: PathBuf,
     pipes: Mutex<Pipes>,
-    /// The helper's process: its requests are not a user's.
-    pid: Arc<AtomicU32>,
+    /// The helper's threads: their requests are not a user's.
+    numbers: Arc<Numbers>,
 }
 
 struct Pipes {
@@ -95,17 +96,18 @@ impl FlushHelper {
     /// Starts the helper for a mount. To be called before the mount is made: the program itself may lie in
     /// the directory that is mounted over, and nobody answers for it there yet.
     pub(super) fn start(mountpoint: &Path) -> Result<Self> {
-        let pipes = Pipes::start(mountpoint)?;
+        let numbers = Arc::new(Numbers::default());
+        let pipes = Pipes::start(mountpoint, &numbers)?;
         Ok(Self {
             mountpoint: mountpoint.to_path_buf(),
-            pid: Arc::new(AtomicU32::new(pipes.child.id())),
+            numbers,
             pipes: Mutex::new(pipes),
         })
     }
 
-    /// Where the number of the helper's process stands.
-    pub(super) fn pid(&self) -> Arc<AtomicU32> {
-        self.pid.clone()
+    /// Where the numbers of the helper's threads stand.
+    pub(super) fn numbers(&self) -> Arc<Numbers> {
+        self.numbers.clone()
     }
 
     /// Returns when every page of `nodes` that was dirty when it was called has reached cowfs.
@@ -162,8 +164,7 @@ impl FlushHelper {
 
     /// Another helper in place of this one, which ends.
     fn replace(&self, pipes: &mut Pipes) -> Result<()> {
-        *pipes = Pipes::start(&self.mountpoint)?;
-        self.pid.store(pipes.child.id(), Ordering::SeqCst);
+        *pipes = Pipes::start(&self.mountpoint, &self.numbers)?;
         Ok(())
     }
 
@@ -220,7 +221,8 @@ const CLOSING: Duration = Duration::from_millis(5);
 type Answer = Result<Vec<NodeId>>;
 
 impl Pipes {
-    fn start(mountpoint: &Path) -> Result<Self> {
+    /// Starts a helper, which is known by `numbers` from then on.
+    fn start(mountpoint: &Path, numbers: &Numbers) -> Result<Self> {
         let failed = |e: std::io::Error| Error::io("cannot start the flush helper", mountpoint, &e);
         // Not by path: the program may lie in the directory that is mounted over.
         let mut child = Command::new("/proc/self/exe")
@@ -232,13 +234,17 @@ impl Pipes {
             .spawn()
             .map_err(failed)?;
         match (child.stdin.take(), child.stdout.take()) {
-            (Some(orders), Some(answers)) => Ok(Self {
-                given_up: false,
-                owes: false,
-                child,
-                orders,
-                answers,
-            }),
+            (Some(orders), Some(mut answers)) => {
+                let said = read_words(&mut answers);
+                numbers.set(&said.ok_or_else(|| failed(std::io::ErrorKind::UnexpectedEof.into()))?);
+                Ok(Self {
+                    given_up: false,
+                    owes: false,
+                    child,
+                    orders,
+                    answers,
+                })
+            }
             _ => Err(failed(std::io::ErrorKind::BrokenPipe.into())),
         }
     }
@@ -335,28 +341,27 @@ impl Drop for Pipes {
     }
 }
 
-/// The helper's loop: carries out each order read, and answers an errno, 0 for success, and nodes, as the order says.
-/// Ends when the daemon does.
+/// The helper's loop: tells the numbers of its threads, carries out each order read, and answers an errno, 0 for success, and
+/// nodes, as the order says. Ends when the daemon does.
 pub fn run_helper(mountpoint: &Path) -> Result<()> {
     let (mut input, mut output) = (std::io::stdin(), std::io::stdout());
     super::session::raise_file_limit();
+    let hands = Hands::start()?;
+    let mut hello = Vec::new();
+    put_words(&mut hello, hands.numbers());
+    let mut said = output.write_all(&hello).and_then(|()| output.flush());
     let mut taken = Taken::default();
-    while let Some((order, nodes)) = read_order(&mut input) {
+    while said.is_ok()
+        && let Some((order, nodes)) = read_order(&mut input)
+    {
         let mut told = Vec::new();
-        let errno = match carry_out(mountpoint, order, &nodes, &mut taken, &mut told) {
+        let errno = match carry_out(mountpoint, order, &nodes, &hands, &mut taken, &mut told) {
             Ok(()) => 0,
             Err(errno) => errno.raw_os_error(),
         };
         let mut answer = errno.to_le_bytes().to_vec();
-        answer.extend((told.len() as u64).to_le_bytes());
-        answer.extend(told.iter().flat_map(|node| node.to_le_bytes()));
-        if output
-            .write_all(&answer)
-            .and_then(|()| output.flush())
-            .is_err()
-        {
-            break;
-        }
+        put_words(&mut answer, &told);
+        said = output.write_all(&answer).and_then(|()| output.flush());
     }
     Ok(())
 }
@@ -371,7 +376,7 @@ const AT_ONCE: usize = 256;
 /// The descriptors that the helper keeps.
 #[derive(Default)]
 struct Taken {
-    root: Option<OwnedFd>,
+    root: Option<Arc<OwnedFd>>,
     /// Where the mount was that something was last forgotten on.
     place: Option<PathBuf>,
     files: HashMap<NodeId, Arc<OwnedFd>>,
@@ -381,6 +386,12 @@ fn read_word(input: &mut impl Read) -> Option<u64> {
     let mut number = [0; 8];
     input.read_exact(&mut number).ok()?;
     Some(u64::from_le_bytes(number))
+}
+
+/// How many numbers, and these.
+fn put_words(out: &mut Vec<u8>, words: &[u64]) {
+    out.extend((words.len() as u64).to_le_bytes());
+    out.extend(words.iter().flat_map(|word| word.to_le_bytes()));
 }
 
 /// A number, and as many numbers as it says.
@@ -399,6 +410,7 @@ fn carry_out(
     mountpoint: &Path,
     order: Order,
     nodes: &[NodeId],
+    hands: &Hands,
     taken: &mut Taken,
     told: &mut Vec<NodeId>,
 ) -> Result<(), Errno> {
@@ -413,18 +425,23 @@ fn carry_out(
     let dir = taken
         .root
         .take()
-        .map_or_else(|| open_root(mountpoint), Ok)?;
+        .map_or_else(|| open_root(mountpoint).map(Arc::new), Ok)?;
     let keeps = matches!(order, Order::Take | Order::Seal | Order::CleanTaken);
     for nodes in nodes.chunks(AT_ONCE) {
-        let mut files = Vec::with_capacity(nodes.len());
+        let (mut files, mut others) = (Vec::with_capacity(nodes.len()), Vec::new());
         for node in nodes {
-            let file = taken.files.remove(node);
-            match file.map_or_else(|| open_node(&dir, *node).map(Arc::new), Ok) {
-                Ok(file) => files.push((*node, file)),
+            match taken.files.remove(node) {
+                Some(file) => files.push((*node, file)),
+                None => others.push(*node),
+            }
+        }
+        for (node, opened) in open_nodes(hands, &dir, others)? {
+            match opened {
+                Ok(file) => files.push((node, Arc::new(file))),
                 // Out of the kernel's memory, so without pages; or removed, so in no snapshot, even if its number is
                 // that of a symbolic link by now.
                 Err(Errno::STALE | Errno::NOENT | Errno::LOOP) if order == Order::CleanTaken => {}
-                Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => told.push(*node),
+                Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => told.push(node),
                 Err(errno) => return Err(errno),
             }
         }
@@ -433,6 +450,14 @@ fn carry_out(
                 told.extend(files.iter().map(|(node, _)| *node));
             }
             Order::CleanTaken => {}
+            Order::Take => {
+                for (_, file) in &files {
+                    sys::begin_write_back(file.as_fd(), 0, 0)?;
+                }
+                // What gets dirty after this is for the seal.
+                hands.each(files.clone(), |(_, file)| flush_by_closing(file))?;
+            }
+            Order::Seal => hands.each(files.clone(), |(_, file)| rustix::fs::fsync(file))?,
             _ => carry_out_at_once(order, files.iter().map(|(_, file)| file.as_fd()))?,
         }
         if keeps {
@@ -441,6 +466,27 @@ fn carry_out(
     }
     taken.root = keeps.then_some(dir);
     Ok(())
+}
+
+/// Has the kernel write back what is dirty of a file and tell its times, without the inode's lock, as it does when a descriptor
+/// is closed (`fuse_flush` of fs/fuse/file.c). What fails is for the seal to tell.
+fn flush_by_closing(file: &OwnedFd) -> Result<(), Errno> {
+    rustix::io::fcntl_dupfd_cloexec(file, 0).map(drop)
+}
+
+/// An inode of the mount, and what came of opening it.
+type Opened = (NodeId, Result<OwnedFd, Errno>);
+
+/// Opens inodes of the mount, in no order.
+fn open_nodes(hands: &Hands, dir: &Arc<OwnedFd>, nodes: Vec<NodeId>) -> Result<Vec<Opened>, Errno> {
+    let opened = Arc::new(Mutex::new(Vec::with_capacity(nodes.len())));
+    let (dir, results) = (dir.clone(), opened.clone());
+    hands.each(nodes, move |node| {
+        let file = open_node(&dir, *node);
+        results.lock().push((*node, file));
+        Ok(())
+    })?;
+    Ok(std::mem::take(&mut *opened.lock()))
 }
 
 /// [`Order::Forget`] of one range. What cannot be reached is gone meanwhile or out of sight, and stays as it is.
@@ -525,17 +571,12 @@ fn carry_out_at_once<'f>(
     order: Order,
     mut files: impl Iterator<Item = BorrowedFd<'f>> + Clone,
 ) -> Result<(), Errno> {
-    if order == Order::Seal {
-        return files.try_for_each(rustix::fs::fsync);
-    }
     // Of all of them before the first is waited for: cowfs answers one request while the next is being made. The kernel
     // finds what is dirty without a look at every page that it has (cachestat(2) does look: 5 µs for each MiB).
     files
         .clone()
         .try_for_each(|file| sys::begin_write_back(file, 0, 0))?;
     match order {
-        // What gets dirty meanwhile is for the seal.
-        Order::Take => files.try_for_each(sys::wait_for_write_back),
         // The bulk without the inode's lock, so that its writers do not wait for it; then fsync, which waits for the
         // requests themselves.
         Order::WriteBack if !pages_tell_of_requests() => files.try_for_each(|file| {

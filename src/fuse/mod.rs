@@ -10,6 +10,7 @@ mod crew;
 mod dropbehind;
 pub mod flush;
 mod handover;
+mod hands;
 pub mod idle;
 mod intent;
 mod kept;
@@ -33,10 +34,11 @@ use crate::engine::handle::OpenFile;
 use crate::engine::inventory::Found;
 use crate::error::Result;
 use crate::store::Timestamp;
-use crate::sync::{Arc, AtomicU32, Ordering};
+use crate::sync::Arc;
 use convert::{errno, file_attr};
 use fuser::{FileHandle, INodeNo, ReplyAttr, ReplyEmpty, Request};
 use handover::SnapshotMounts;
+use hands::Numbers;
 use intent::Resent;
 use pool::Pool;
 use read::Reader;
@@ -79,7 +81,7 @@ struct Adapter {
     /// Requests that an earlier server may have carried out.
     resent: Resent,
     /// The processes that flush what the kernel holds back: their opens and syncs concern its pages alone.
-    helpers: Vec<Arc<AtomicU32>>,
+    helpers: Vec<Arc<Numbers>>,
     /// Where the kernel holds writes back: what a cut makes wait.
     gate: Option<Arc<Gate>>,
 }
@@ -90,7 +92,7 @@ const HELPER_HANDLE: FileHandle = FileHandle(0);
 impl Adapter {
     fn new(
         snapshots: Arc<SnapshotMounts>,
-        helpers: Vec<Arc<AtomicU32>>,
+        helpers: Vec<Arc<Numbers>>,
         gate: Option<Arc<Gate>>,
         found: &Found,
     ) -> Result<Self> {
@@ -113,8 +115,7 @@ impl Adapter {
     }
 
     fn is_helper(&self, req: &Request) -> bool {
-        let is = |helper: &Arc<AtomicU32>| req.pid() == helper.load(Ordering::Relaxed);
-        self.helpers.iter().any(is)
+        self.helpers.iter().any(|helper| helper.has(req.pid()))
     }
 
     fn fsync_file(

@@ -115,10 +115,10 @@ impl Server {
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
             .map_err(|e| Error::io("cannot listen for signals", &config.mountpoint, &e))?;
         let helper = FlushHelper::start(&config.mountpoint)?;
-        let mut helpers = vec![helper.pid()];
+        let mut helpers = vec![helper.numbers()];
         let gate = if config.cache == CacheMode::Writeback {
             let cleaner = FlushHelper::start(&config.mountpoint)?;
-            helpers.push(cleaner.pid());
+            helpers.push(cleaner.numbers());
             let gate = Gate::new(engine.clone(), helper, cleaner)?;
             engine.set_barrier(Some(gate.clone()));
             Some(gate)
