@@ -80,6 +80,8 @@ impl Hands {
             let (things, work) = &*shared;
             let mine = std::iter::from_fn(|| things.get(next.fetch_add(1, Ordering::Relaxed)));
             let result = mine.map(work).fold(Ok(()), Result::and);
+            // Things are to be nobody's when all is done: they may be files, which keep a mount in use.
+            drop(shared);
             // Whoever began this waits for it.
             let _ = tell.send(result);
         };
@@ -132,6 +134,16 @@ mod tests {
             done.sort_unstable();
             assert!(done.iter().map(|(n, _)| *n).eq(0..count));
             assert!(done.iter().all(|(_, by)| hands.numbers().contains(by)));
+        }
+    }
+
+    #[test]
+    fn nobody_has_a_thing_any_more_when_all_are_done() {
+        let hands = Hands::start().unwrap();
+        for _ in 0..1000 {
+            let things: Vec<_> = (0..2 * FEW).map(Arc::new).collect();
+            hands.each(things.clone(), |_| Ok(())).unwrap();
+            assert!(things.iter().all(|thing| Arc::strong_count(thing) == 1));
         }
     }
 
