@@ -98,11 +98,15 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     };
     let held = status.is_some_and(|status| status.cache == CacheMode::Writeback.as_str());
     let patience = if held { WRITING_BACK } else { CLOSING };
+    let mut others = same_filesystem(&mount)?;
+    if let Some(own) = others.iter().position(|at| *at == mount.mountpoint) {
+        others.swap_remove(own);
+    }
     detach(&mount, lazy, patience)?;
-    // The daemon lives on while the filesystem is mounted anywhere else.
-    let elsewhere = control::mounts()?
-        .iter()
-        .any(|other| other.device == mount.device && other.is_cowfs());
+    // The daemon lives on while the filesystem is mounted anywhere else. Where it was not before, its number has been given
+    // to another one by now.
+    let now = same_filesystem(&mount)?;
+    let elsewhere = now.iter().any(|at| others.contains(at));
     match daemon {
         Some(daemon) if !elsewhere => wait_for(daemon, &place),
         _ => Ok(()),
@@ -152,6 +156,13 @@ fn top_mount(path: &Path, place: &Path) -> Result<MountEntry> {
         )),
         _ => refuse("not mounted; `findmnt -t fuse.cowfs` lists the cowfs mounts".into()),
     }
+}
+
+/// Where the filesystem of a mount is mounted.
+fn same_filesystem(mount: &MountEntry) -> Result<Vec<PathBuf>> {
+    let mounts = control::mounts()?.into_iter();
+    let same = mounts.filter(|other| other.device == mount.device && other.is_cowfs());
+    Ok(same.map(|other| other.mountpoint).collect())
 }
 
 /// A process, safe against the reuse of its id.
