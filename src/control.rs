@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -239,6 +240,28 @@ pub fn mounts() -> Result<Vec<MountEntry>> {
     let table = "/proc/self/mountinfo";
     let text = std::fs::read(table).map_err(|error| Error::io("cannot read", table, &error))?;
     Ok(parse_mountinfo(&text))
+}
+
+/// A process that sees the cowfs filesystem with this device number mounted, whatever namespace it is in
+/// (mount_namespaces(7)).
+#[must_use]
+pub fn who_sees(device: &str) -> Option<u32> {
+    let mut looked_at = HashSet::new();
+    let processes = std::fs::read_dir("/proc").ok()?.flatten();
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.find(|pid: &u32| {
+        let of = Path::new("/proc").join(pid.to_string());
+        // One that has ended, or is somebody else's, has none.
+        let Ok(namespace) = std::fs::read_link(of.join("ns/mnt")) else {
+            return false;
+        };
+        if !looked_at.insert(namespace) {
+            return false;
+        }
+        let text = std::fs::read(of.join("mountinfo")).unwrap_or_default();
+        let mounts = parse_mountinfo(&text);
+        mounts.iter().any(|at| at.device == device && at.is_cowfs())
+    })
 }
 
 /// The mount that holds `path` (which must be absolute and without symbolic links), whatever its type.

@@ -8,8 +8,9 @@ use cowfs::engine::Engine;
 use cowfs::engine::creds::Caller;
 use cowfs::engine::names::Make;
 use cowfs::sync::{AtomicBool, AtomicU64, Ordering};
-use drive::{options, root};
+use drive::{find, options, root, seen};
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// Who holds a handle of a removed object asks for its number (open_by_handle_at(2)) while a new object gets it: the new
 /// one stays known.
@@ -56,4 +57,43 @@ fn a_number_that_is_asked_for_while_it_gets_a_new_object() {
     });
     assert!(again > 1000, "the filesystem gave no number twice: {again}");
     assert_eq!(engine.nodes.count(), before);
+}
+
+/// Of two names that go at the same time one is the last, whatever was seen of the other before: the snapshot keeps the
+/// file.
+#[test]
+fn two_names_of_a_file_go_at_the_same_time() {
+    let dir = tempfile::tempdir().unwrap();
+    for at in ["a", "b"] {
+        std::fs::create_dir(dir.path().join(at)).unwrap();
+    }
+    let engine = Engine::open(dir.path(), options()).unwrap();
+    let above = ["a", "b"].map(|name| find(&engine, root(&engine), &[name]).unwrap());
+    for round in 0..2000 {
+        engine
+            .make(&above[0], b"f", Make::Node(0o100_644, 0), Caller::ROOT)
+            .unwrap();
+        let file = find(&engine, above[0].clone(), &["f"]).unwrap();
+        engine.link(&file, &above[1], b"f").unwrap();
+        drop(file);
+        let name = format!("s{round}");
+        engine.snapshot(name.as_bytes()).unwrap();
+        let both = std::sync::Barrier::new(above.len());
+        std::thread::scope(|scope| {
+            for dir in &above {
+                scope.spawn(|| {
+                    both.wait();
+                    engine.remove(dir, b"f", false).unwrap();
+                });
+            }
+        });
+        for at in ["a", "b"] {
+            let kept = seen(&engine, &[&name, at, "f"]);
+            assert!(kept.is_ok(), "round {round}: {:?}", kept.err());
+        }
+        engine
+            .delete_snapshot(name.as_bytes(), Duration::from_secs(10))
+            .unwrap();
+    }
+    engine.close().unwrap();
 }

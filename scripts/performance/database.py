@@ -117,11 +117,13 @@ def pgbench(bench):
 
 
 def slice_of(bench, server, seconds):
-    """Two stretches of pgbench. In the first a copy runs all the time: of a snapshot, which is made anew every ten
-    seconds, or of the bare directory as it is. In the second there is the snapshot, and nobody reads it; strict
-    durability is measured here alone, and so is what has no snapshots, which says what FUSE takes."""
+    """Stretches of pgbench. In the first a copy runs all the time: of a snapshot, which is made anew every ten seconds, or of the
+    bare directory as it is. In the second there is the snapshot, and nobody reads it; strict durability is measured here alone.
+    In the third there is none, so that filesystems that have no snapshots compare. The bare directory is the same in the last two."""
+    side = server.side
+
     def snapshot(process, then):
-        path = server.side.snapshot("pg")
+        path = side.snapshot("pg")
         os.mkdir(path)
         try:
             then(os.path.join(path, "pgdata"), process)
@@ -134,12 +136,20 @@ def slice_of(bench, server, seconds):
     def left(_, process):
         process.wait(seconds + 60)
 
-    with_a_copy = ["bare"] + [name for name, _, _ in bench.modes]
-    for row, then in (("pgbench", copied), ("pgbench, nobody copies", left)):
-        if then == copied and server.side.name not in with_a_copy:
-            continue
-        if isinstance(server.side, mounts.Cowfs):
-            meanwhile = lambda process: snapshot(process, then)
-        else:
-            meanwhile = lambda process: then(server.data, process)
-        bench.results.speed("pgbench", row, server.side.name, server.speed(seconds, meanwhile), "tps")
+    def stretch(rows, meanwhile):
+        tps = server.speed(seconds, meanwhile)
+        for row in rows:
+            bench.results.speed("pgbench", row, side.name, tps, "tps")
+
+    copy, kept, none = "pgbench", "pgbench, nobody copies", "pgbench, no snapshot"
+    if side.name == "bare":
+        stretch([copy], lambda process: copied(server.data, process))
+        stretch([kept, none], lambda process: left(None, process))
+        return
+    modes = [name for name, _, _ in bench.modes]
+    if side.name in modes:
+        stretch([copy], lambda process: snapshot(process, copied))
+    if isinstance(side, mounts.Cowfs):
+        stretch([kept], lambda process: snapshot(process, left))
+    if side.name in modes or not isinstance(side, mounts.Cowfs):
+        stretch([none], lambda process: left(None, process))

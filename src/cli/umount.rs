@@ -108,7 +108,7 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let now = same_filesystem(&mount)?;
     let elsewhere = now.iter().any(|at| others.contains(at));
     match daemon {
-        Some(daemon) if !elsewhere => wait_for(daemon, &place),
+        Some(daemon) if !elsewhere => wait_for(daemon, &mount),
         _ => Ok(()),
     }
 }
@@ -316,23 +316,33 @@ fn detach_by_helper(place: &Path, lazy: bool) -> Result<(), Busy> {
     }
 }
 
-fn wait_for(daemon: Process, place: &Path) -> Result<()> {
+fn wait_for(daemon: Process, mount: &MountEntry) -> Result<()> {
     let deadline = Instant::now() + FINISH;
     while daemon.runs() {
         if Instant::now() >= deadline {
             return Err(Error::MountPoint {
-                path: place.to_path_buf(),
-                why: format!(
-                    "unmounted, but its daemon (pid {}) is still writing its store after {} s; \
-                     wait for it before the directory is mounted again",
-                    daemon.pid,
-                    FINISH.as_secs()
-                ),
+                path: mount.mountpoint.clone(),
+                why: unfinished(daemon, mount),
             });
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+/// Why a daemon goes on after its mount was taken away.
+fn unfinished(daemon: Process, mount: &MountEntry) -> String {
+    let (pid, time) = (daemon.pid, FINISH.as_secs());
+    match control::who_sees(&mount.device) {
+        Some(other) => format!(
+            "unmounted here, but another mount namespace has it still, that of process {other}, so that its daemon \
+             (pid {pid}) goes on; the directory cannot be mounted again before it has ended"
+        ),
+        None => format!(
+            "unmounted, but its daemon (pid {pid}) is still writing its store after {time} s; \
+             wait for it before the directory is mounted again"
+        ),
+    }
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Epoch, Ino};
 use crate::store::{AttrImage, EntryImage};
 use crate::sync::{Arc, Ordering};
-use rustix::fd::{AsFd, BorrowedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, RenameFlags};
 use rustix::io::Errno;
 
@@ -150,6 +150,17 @@ impl Engine {
             self.backing.note_place(dir.ino(), name, found.entry.ino);
         }
         Ok(found)
+    }
+
+    /// What `name` in `dir` means before its locks are taken, to be removed.
+    fn find_to_remove(&self, dir: &Object, name: &[u8]) -> Result<Removed> {
+        let links = self.backing.links();
+        let found = self
+            .backing
+            .find_and_hold(self.object_fd(dir)?.as_fd(), name)?;
+        let (found, held) = found.ok_or_else(|| self.absent(name))?;
+        self.backing.note_place(dir.ino(), name, found.entry.ino);
+        Ok(Removed { found, held, links })
     }
 
     fn lookup_member(&self, nodes: &Nodes, dir: &Member, name: &[u8]) -> Result<Attr> {
@@ -316,10 +327,8 @@ impl Engine {
         let dir_fd = self.object_fd(dir)?;
         loop {
             let before = dir.changes();
-            let found = self
-                .find_live(dir, name)?
-                .ok_or_else(|| self.absent(name))?;
-            let child = self.object(&found.entry, None)?;
+            let removed = self.find_to_remove(dir, name)?;
+            let child = self.object(&removed.found.entry, None)?;
             if child.is_dir() != directory {
                 return Err(if directory {
                     Errno::NOTDIR
@@ -338,7 +347,7 @@ impl Engine {
             op.keep_entry(dir, name)?;
             op.keep_attr(dir)?;
             op.keep_attr(&child)?;
-            let last = self.last_name(&child, directory)?;
+            let last = directory || self.links_of(&removed)? <= 1;
             if last && op.retain(&child, None)? {
                 let done = op
                     .settle()
@@ -347,7 +356,10 @@ impl Engine {
                 self.note_retained(&child);
             } else {
                 op.settle()?;
-                self.pin(&child, last)?;
+                if last {
+                    *child.pin.lock() = Some(Arc::new(removed.held));
+                }
+                self.backing.drop_path(child.ino());
                 if last && self.must_outlive(&child) {
                     self.backing.orphan(dir_fd.as_fd(), name, child.ino())?;
                     self.orphaned(&child);
@@ -371,6 +383,14 @@ impl Engine {
         } else {
             Errno::NOENT
         })
+    }
+
+    /// The number of links of what was found, whose lock is held by now.
+    fn links_of(&self, removed: &Removed) -> Result<u32> {
+        if self.backing.links() == removed.links {
+            return Ok(removed.found.attr.nlink);
+        }
+        Ok(self.backing.stat(removed.held.as_fd())?.nlink)
     }
 
     fn means(&self, dir: &Object, name: &[u8], object: &Object) -> Result<bool> {
@@ -637,6 +657,15 @@ impl Engine {
             _ => Err(Errno::BUSY.into()),
         }
     }
+}
+
+/// What a name that goes means.
+struct Removed {
+    found: Found,
+    /// Of the object.
+    held: OwnedFd,
+    /// [`Backing::links`] before it was found.
+    links: u64,
 }
 
 /// The two names of a rename, and what they mean.

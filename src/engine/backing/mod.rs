@@ -16,7 +16,7 @@ pub use data::data_map;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::store::{AttrImage, EntryImage, ObjectHandle, Timestamp};
-use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use crate::sys;
 use hashlink::LruCache;
 use places::{Places, enter};
@@ -123,6 +123,8 @@ pub struct Backing {
     read_ahead_above: AtomicBool,
     /// Something may be on no disk, though a later sync succeeds.
     lost: AtomicBool,
+    /// Counts what may have given an object another number of links.
+    links: AtomicU64,
     pub(super) witness: Option<Witness>,
     pub(super) faults: Option<Faults>,
 }
@@ -239,6 +241,7 @@ impl Backing {
             keeps_atime,
             read_ahead_above: AtomicBool::new(false),
             lost: AtomicBool::new(false),
+            links: AtomicU64::new(0),
             witness: None,
             faults: None,
         })
@@ -441,7 +444,7 @@ impl Backing {
     pub fn find(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Found>> {
         self.before(Call::Find)?;
         if !self.keeps_atime {
-            return self.find_beneath(dir, name);
+            return Ok(self.enter_found(dir, name)?.map(|(found, _)| found));
         }
         let name = sys::c_string(name)?;
         let st = match statx(dir, &name) {
@@ -453,15 +456,37 @@ impl Backing {
         self.found(&st, handle).map(Some)
     }
 
-    /// As [`Self::find`], without a private view of the mount: what is mounted on `name` is not entered.
-    fn find_beneath(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Found>> {
+    /// As [`Self::find`], with an `O_PATH` descriptor of it.
+    pub fn find_and_hold(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+    ) -> Result<Option<(Found, OwnedFd)>> {
+        self.before(Call::Find)?;
+        self.enter_found(dir, name)
+    }
+
+    /// What is mounted on `name` is not entered, also without a private view of the mount.
+    fn enter_found(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<(Found, OwnedFd)>> {
         let fd = match enter(dir, name) {
             Ok(fd) => fd,
             Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
         let handle = || sys::name_to_handle(fd.as_fd(), c"");
-        self.found(&statx(fd.as_fd(), c"")?, handle).map(Some)
+        let found = self.found(&statx(fd.as_fd(), c"")?, handle)?;
+        Ok(Some((found, fd)))
+    }
+
+    /// As long as this number is the same, no object has got another number of links, but for changes under way.
+    pub fn links(&self) -> u64 {
+        self.links.load(Ordering::SeqCst)
+    }
+
+    /// To be called after a change of names, made or tried, of which somebody holds the locks of its objects still.
+    fn relinked<T>(&self, value: T) -> T {
+        self.links.fetch_add(1, Ordering::SeqCst);
+        value
     }
 
     fn found(

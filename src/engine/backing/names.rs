@@ -65,12 +65,14 @@ impl Backing {
     /// link(2) of an open object.
     pub fn link(&self, fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &[u8]) -> Result<()> {
         self.before(Call::Change)?;
-        match self.made(rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH)) {
+        let linked = rustix::fs::linkat(fd, c"", dir, name, AtFlags::EMPTY_PATH);
+        match self.relinked(self.made(linked)) {
             // An empty path takes CAP_DAC_READ_SEARCH (linkat(2)); the way through /proc does not.
             Err(Errno::NOENT | Errno::PERM) if !self.overrides_modes() => {
                 let through = sys::fd_path(fd);
                 let flags = AtFlags::SYMLINK_FOLLOW;
-                Ok(self.made(rustix::fs::linkat(CWD, through, dir, name, flags))?)
+                let linked = rustix::fs::linkat(CWD, through, dir, name, flags);
+                Ok(self.relinked(self.made(linked))?)
             }
             other => Ok(other?),
         }
@@ -85,7 +87,8 @@ impl Backing {
             AtFlags::empty()
         };
         self.tell(|| Change::Dooms(dir, name));
-        Ok(self.made(rustix::fs::unlinkat(dir, name, flags))?)
+        let removed = rustix::fs::unlinkat(dir, name, flags);
+        Ok(self.relinked(self.made(removed))?)
     }
 
     /// renameat2(2).
@@ -100,7 +103,7 @@ impl Backing {
             self.tell(|| Change::Dooms(to.0, to.1));
         }
         let renamed = rustix::fs::renameat_with(from.0, from.1, to.0, to.1, flags);
-        Ok(self.made(renamed)?)
+        Ok(self.relinked(self.made(renamed))?)
     }
 
     // ---- retained objects: `.cowfs/retained/<inode number in hex>`
