@@ -67,7 +67,7 @@ impl Hands {
     /// Does `work` with each of `things`, some at a time, in no order.
     ///
     /// # Errors
-    /// The first of any; the rest is done all the same.
+    /// The first of any; the rest is done all the same. `EIO` if a thread ended in it.
     pub(super) fn each<T: Send + Sync + 'static>(
         &self,
         things: Vec<T>,
@@ -92,7 +92,9 @@ impl Hands {
                 .map_err(|_| Errno::AGAIN)?;
         }
         job();
-        done.iter().take(others + 1).fold(Ok(()), Result::and)
+        // One that has ended without a word has left a thing undone.
+        let ends = (0..=others).map(|_| done.recv().unwrap_or(Err(Errno::IO)));
+        ends.fold(Ok(()), Result::and)
     }
 }
 
@@ -158,5 +160,21 @@ mod tests {
         };
         assert_eq!(hands.each((0..100).collect(), work), Err(Errno::IO));
         assert_eq!(done.load(Ordering::SeqCst), 100);
+    }
+
+    #[test]
+    fn a_thread_that_ends_in_the_middle_is_told() {
+        let hands = Hands::start().unwrap();
+        let own = own_number();
+        let both = std::sync::Barrier::new(2);
+        let work = move |n: &usize| {
+            // The caller goes on when another one has a thing too.
+            if *n < 2 {
+                both.wait();
+            }
+            assert_eq!(own_number(), own, "an error that is part of the test");
+            Ok(())
+        };
+        assert_eq!(hands.each((0..FEW + 1).collect(), work), Err(Errno::IO));
     }
 }
