@@ -199,6 +199,173 @@ fn a_store_elsewhere_belongs_to_one_directory() {
     assert_eq!(kept.unwrap(), b"old");
 }
 
+/// Who forgets store= is refused, with nothing made, and a command that destroys does not take what is elsewhere for nothing.
+#[test]
+fn a_store_elsewhere_is_not_forgotten() {
+    let mount = Mount::new("forgotten", LIMIT);
+    let (a, store, mnt) = ("a", "store", "other-mnt");
+    let [a, store, mnt] = [a, store, mnt].map(|name| mount.root.join(name));
+    for dir in [&a, &mnt] {
+        fs::create_dir(dir).unwrap();
+    }
+    let with = format!("store={}", store.display());
+    cowfs(&words(&["mount", "-o", &with], &[&a, &mnt])).success("mount with a store elsewhere");
+    fs::write(mnt.join("f"), "old").unwrap();
+    fs::create_dir(mnt.join(".snapshots/s")).unwrap();
+    fs::remove_file(mnt.join("f")).unwrap();
+    cowfs(&words(&["umount"], &[&mnt])).success("umount");
+    refused(&words(&["mount"], &[&a, &mnt]), 6, &["store="]);
+    assert!(!a.join(".cowfs/store").exists(), "a store was made");
+    refused(&words(&["destroy"], &[&a]), 3, &["elsewhere", "--yes"]);
+    let empty = mount.root.join("empty");
+    let wrong = format!("store={}", empty.display());
+    refused(
+        &words(&["mount", "-o", &wrong], &[&a, &mnt]),
+        6,
+        &["store="],
+    );
+    assert!(!empty.exists(), "a store was made");
+    cowfs(&words(&["mount", "-o", &with], &[&a, &mnt])).success("mount again");
+    let kept = fs::read(mnt.join(".snapshots/s/f"));
+    cowfs(&words(&["umount"], &[&mnt])).success("umount");
+    assert_eq!(kept.unwrap(), b"old");
+}
+
+/// What a store names objects by means others in a copy of its directory: the copy is refused, and what was moved is not.
+#[test]
+fn a_copy_of_a_directory_with_its_store_is_refused() {
+    for kind in ["ext4", "xfs", "btrfs"] {
+        let mount = Mount::on_disk_of(&format!("copied-{kind}"), LIMIT, kind, 400);
+        fs::write(mount.mnt.join("f"), "old").unwrap();
+        fs::create_dir(mount.mnt.join(".snapshots/s")).unwrap();
+        fs::write(mount.mnt.join("f"), "new").unwrap();
+        mount.umount();
+        let beside = mount.backing.with_file_name("beside");
+        let elsewhere = mount.root.join("elsewhere");
+        for copy in [&beside, &elsewhere] {
+            let mut cp = Command::new("cp");
+            run(cp.arg("-a").arg(&mount.backing).arg(copy), LIMIT).success("cp -a");
+            refused(&words(&["mount"], &[copy, &mount.mnt]), 6, &["a copy"]);
+            refused(&words(&["check"], &[copy]), 6, &["a copy"]);
+            refused(&words(&["destroy"], &[copy]), 3, &["--yes"]);
+            cowfs(&words(&["destroy", "--yes"], &[copy])).success("destroy");
+            cowfs(&words(&["mount"], &[copy, &mount.mnt])).success("mount of a plain directory");
+            cowfs(&words(&["umount"], &[&mount.mnt])).success("umount");
+        }
+        let moved = mount.backing.with_file_name("moved");
+        fs::rename(&mount.backing, &moved).unwrap();
+        cowfs(&words(&["mount"], &[&moved, &mount.mnt])).success("mount of what was moved");
+        let kept = fs::read(mount.mnt.join(".snapshots/s/f"));
+        cowfs(&words(&["umount"], &[&mount.mnt])).success("umount");
+        assert_eq!(kept.unwrap(), b"old");
+        fs::rename(&moved, &mount.backing).unwrap();
+        mount.mount();
+    }
+}
+
+/// A snapshot of a subvolume has the same inode numbers as what it was made of, and not the same objects.
+#[test]
+fn a_btrfs_snapshot_of_a_directory_with_its_store_is_refused() {
+    let mount = Mount::on_disk_of("subvolume", LIMIT, "btrfs", 400);
+    let btrfs = |args: &[&OsStr]| run(Command::new("btrfs").args(args), LIMIT).success("btrfs");
+    let source = mount.backing.with_file_name("source");
+    btrfs(&words(&["subvolume", "create"], &[&source]));
+    mount.umount();
+    cowfs(&words(&["mount"], &[&source, &mount.mnt])).success("mount");
+    fs::create_dir(mount.mnt.join(".snapshots/s")).unwrap();
+    cowfs(&words(&["umount"], &[&mount.mnt])).success("umount");
+    let twin = mount.backing.with_file_name("twin");
+    btrfs(&words(&["subvolume", "snapshot"], &[&source, &twin]));
+    refused(&words(&["mount"], &[&twin, &mount.mnt]), 6, &["a copy"]);
+    cowfs(&words(&["mount"], &[&source, &mount.mnt])).success("mount");
+    cowfs(&words(&["umount"], &[&mount.mnt])).success("umount");
+    mount.mount();
+}
+
+/// FUSE gives its files other numbers when it has forgotten them.
+#[test]
+fn a_directory_on_fuse_is_refused() {
+    let mount = Mount::new("on-fuse", LIMIT);
+    let (inside, at) = (mount.mnt.join("inside"), mount.root.join("at"));
+    let part = mount.root.join("part");
+    for dir in [&inside, &at, &part] {
+        fs::create_dir(dir).unwrap();
+    }
+    // Not known for a part of a cowfs mount by its place.
+    let mut bind = Command::new("bindfs");
+    run(bind.args([&inside, &part]), LIMIT).success("bindfs");
+    assert_eq!(mount_type(&part).as_deref(), Some("fuse"));
+    let outcome = cowfs(&words(&["mount"], &[&part, &at]));
+    let left = fs::read_dir(&part).unwrap().count();
+    unmount(&part, UnmountFlags::DETACH).unwrap();
+    assert_eq!(outcome.status.code(), Some(3), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("FUSE"), "{}", outcome.stderr);
+    assert_eq!((mount_type(&at), left), (None, 0));
+}
+
+/// A directory that hands its project down (xfs_quota(8)) takes no names of another project's objects: what is removed goes to
+/// one of cowfs's.
+#[test]
+fn directories_of_projects() {
+    let mount = Mount::on_disk_of("projects", LIMIT, "xfs", 400);
+    mount.umount();
+    let project = |number: &str, dir: &Path| {
+        let mut chattr = Command::new("chattr");
+        run(chattr.args(["-p", number, "+P"]).arg(dir), LIMIT).success("chattr");
+    };
+    let (backing, mnt) = (&mount.backing, &mount.mnt);
+    fs::remove_dir_all(backing.join(".cowfs")).unwrap();
+    project("10", backing);
+    let other = backing.join("other");
+    fs::create_dir_all(other.join("d")).unwrap();
+    project("20", &other);
+    mount.mount();
+    for name in ["open", "file", "replaced", "by"] {
+        fs::write(mnt.join("other").join(name), name).unwrap();
+    }
+    let open = fs::File::open(mnt.join("other/open")).unwrap();
+    fs::remove_file(mnt.join("other/open")).unwrap();
+    drop(open);
+    let snapshot = mount.snapshot("s").join("other");
+    fs::remove_file(mnt.join("other/file")).unwrap();
+    fs::rename(mnt.join("other/by"), mnt.join("other/replaced")).unwrap();
+    fs::remove_dir(mnt.join("other/d")).unwrap();
+    for name in ["file", "replaced", "by"] {
+        assert_eq!(fs::read_to_string(snapshot.join(name)).unwrap(), name);
+    }
+    assert!(snapshot.join("d").is_dir());
+}
+
+/// How large a file may get is a matter of who writes it, not of who has mounted.
+#[test]
+fn limits_of_who_mounts_are_not_those_of_the_mount() {
+    let mount = Mount::new("limits", LIMIT);
+    let large = |name: &str| fs::write(mount.mnt.join(name), vec![7; 4 << 20]);
+    mount.umount();
+    let (bin, log) = (cowfs_bin(), mount.root.join("cowfs.log"));
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", r#"ulimit -S -f 2048; exec "$@""#, "sh"])
+        .arg(bin);
+    shell.args(words(
+        &["mount", "--log"],
+        &[&log, &mount.backing, &mount.mnt],
+    ));
+    run(&mut shell, LIMIT).success("mount under a limit");
+    large("a").unwrap();
+    // Where it cannot be raised.
+    let server = mount.server().as_raw_nonzero().to_string();
+    let mut prlimit = Command::new("prlimit");
+    run(
+        prlimit.args(["--pid", &server, "--fsize=1048576:1048576"]),
+        LIMIT,
+    )
+    .success("prlimit");
+    let refused = large("b").unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EFBIG), "{refused}");
+    assert_eq!(mount.takeovers(), 0);
+}
+
 #[test]
 fn snapshot_names_that_cannot_be_are_refused() {
     let mount = Mount::new("names", LIMIT);

@@ -1,6 +1,7 @@
 //! `cowfs destroy`: turn a backing directory back into a plain one (C10).
 
 use crate::config::STORE_DIR;
+use crate::engine::pairing;
 use crate::error::{Error, Result};
 use crate::store::{Store, StoreOptions};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -52,29 +53,33 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
     })?;
     if !args.yes {
-        check_unused(&source, &hidden.join("store"))?;
+        check_unused(&source, &hidden)?;
     }
     std::fs::remove_dir_all(&hidden).map_err(|e| Error::io("cannot remove", &hidden, &e))
 }
 
 /// Refuses while there are snapshots, or when that cannot be told.
-fn check_unused(source: &Path, store: &Path) -> Result<()> {
+fn check_unused(source: &Path, hidden: &Path) -> Result<()> {
     let refuse = |why: String| Error::Source {
         path: source.to_path_buf(),
         why,
     };
-    if !store.exists() {
+    let store = hidden.join("store");
+    if !Store::is_at(&store) {
         return Err(refuse(
             "keeps its store elsewhere; add --yes to give up its snapshots".into(),
         ));
     }
-    match Store::open(store, StoreOptions::default()) {
-        Ok(store) => match store.snapshots().len() {
-            0 => Ok(()),
-            n => Err(refuse(format!(
-                "has {n} snapshots; add --yes to delete them"
-            ))),
-        },
+    let opened = Store::open(&store, StoreOptions::default());
+    let checked = opened.and_then(|opened| {
+        pairing::check_store(hidden, &opened, &store)?;
+        Ok(opened.snapshots().len())
+    });
+    match checked {
+        Ok(0) => Ok(()),
+        Ok(n) => Err(refuse(format!(
+            "has {n} snapshots; add --yes to delete them"
+        ))),
         Err(error) => Err(refuse(format!(
             "has a store that cannot be read ({error}); add --yes to remove it all the same"
         ))),

@@ -4,6 +4,7 @@
 use super::Engine;
 use super::backing::{Backing, Reach};
 use super::nodes::Node;
+use super::pairing;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::store::{
@@ -15,9 +16,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// What is in the hidden folder of a directory.
-const HIDDEN_FILES: [&str; 5] = ["lock", "retained", "store", "store-id", "reserve"];
+const HIDDEN_FILES: [&str; 5] = ["lock", "retained", "orphans", "store", "store-id"];
 /// What is in a store.
-const STORE_FILES: [&str; 4] = ["format", "journal", "index", "index.bad"];
+const STORE_FILES: [&str; 5] = ["format", "journal", "index", "index.bad", "reserve"];
 
 fn options() -> Result<StoreOptions> {
     Ok(StoreOptions {
@@ -41,7 +42,7 @@ struct Unmounted {
 pub fn examine(source: &Path, elsewhere: Option<&Path>) -> Result<CheckReport> {
     let place = Unmounted::open(source, elsewhere)?;
     let examined = Store::examine(&place.store, options()?)?;
-    place.check_pair(&examined.store)?;
+    pairing::check_store(&place.hidden, &examined.store, &place.store)?;
     let mut report = examined.store.check(false)?;
     place.rest(&examined.store, &mut report, None)?;
     Ok(report)
@@ -56,7 +57,7 @@ pub fn repair(source: &Path, elsewhere: Option<&Path>) -> Result<(Vec<String>, C
     let place = Unmounted::open(source, elsewhere)?;
     // A directory is not to get a store by being repaired, nor the store of another one.
     let examined = Store::examine(&place.store, options()?)?;
-    place.check_pair(&examined.store)?;
+    pairing::check_store(&place.hidden, &examined.store, &place.store)?;
     drop(examined);
     let (store, mut done) = Store::repair(&place.store, options()?)?;
     place.rest(&store, &mut CheckReport::default(), Some(&mut done))?;
@@ -83,30 +84,12 @@ impl Unmounted {
             };
             return Err(Error::Source { path: source, why });
         }
+        let backing = Backing::open(&source, None, Reach::AsPermitted)?;
+        pairing::check(&backing, &store, &store)?;
         Ok(Self {
-            backing: Backing::open(&source, None, Reach::AsPermitted)?,
+            backing,
             hidden,
             store,
-        })
-    }
-
-    /// Refuses a store of another directory.
-    fn check_pair(&self, store: &Store) -> Result<()> {
-        let mark = self.hidden.join("store-id");
-        let why = match std::fs::read_to_string(&mark) {
-            Ok(id) if id.trim_end() == format!("{:032x}", store.uuid()) => return Ok(()),
-            Ok(_) => "is not the store of this directory; pass the same store= as for the mount",
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && store.epoch().0 == 0 => {
-                return Ok(());
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                "does not belong to this directory, which has no store-id in its .cowfs"
-            }
-            Err(e) => return Err(Error::io("cannot read", &mark, &e)),
-        };
-        Err(Error::Store {
-            path: self.store.clone(),
-            why: why.into(),
         })
     }
 

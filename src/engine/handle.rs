@@ -259,6 +259,22 @@ impl Engine {
         self.open_live_files(|live| live.writable)
     }
 
+    /// Whether a file of the live tree is open in such a way that the kernel may have bytes of it that cowfs has not: for
+    /// writing where it `holds_back` writes, and otherwise so that it can be mapped.
+    pub fn may_be_dirty(&self, node: NodeId, holds_back: bool) -> bool {
+        let is_it = |what: &OpenFile| match what {
+            OpenFile::Live(live) => {
+                self.nodes.live_id(live.object.ino()) == node
+                    && (live.mappable || holds_back && live.writable)
+            }
+            OpenFile::At(_) => false,
+        };
+        let shards = &self.handles.files;
+        shards
+            .iter()
+            .any(|shard| shard.read().values().any(|file| is_it(&file.what)))
+    }
+
     fn open_live_files(&self, wanted: impl Fn(&LiveFile) -> bool) -> Vec<NodeId> {
         let mut nodes = Vec::new();
         for shard in &self.handles.files {

@@ -15,6 +15,7 @@ pub mod names;
 pub mod nodes;
 pub mod object;
 mod orphans;
+pub mod pairing;
 pub mod passed;
 pub mod read;
 mod recalled;
@@ -180,6 +181,11 @@ impl Engine {
             Some(path) => path.clone(),
             None => backing.hidden_path().join("store"),
         };
+        let shown = match &options.store {
+            Some(path) => path.clone(),
+            None => backing.path.join(".cowfs/store"),
+        };
+        pairing::check(&backing, &store_path, &shown)?;
         let tuning = StoreOptions {
             boot: Some(options.tuning.boot.map_or_else(store::boot_id, Ok)?),
             ..options.tuning
@@ -188,7 +194,7 @@ impl Engine {
             Some(media) => Store::open_with(&store_path, tuning, media)?,
             None => Store::open(&store_path, tuning)?,
         };
-        recover::pair(&backing, &store, options.store.as_deref())?;
+        pairing::pair(&backing, &store, &shown)?;
         let root = backing.root_entry().ino;
         if root.0 >= nodes::INO_MAX {
             return Err(Error::Source {

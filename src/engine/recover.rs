@@ -1,50 +1,10 @@
-//! What opening does after the store has recovered: the pairing of directory and store, and retained objects
-//! whose move a crash interrupted.
+//! What opening does after the store has recovered: retained objects whose move a crash interrupted.
 
 use super::Engine;
-use super::backing::Backing;
-use crate::error::{Error, Result};
-use crate::store::{EntryImage, Retained, SnapshotInfo, SnapshotState, Store};
+use crate::error::Result;
+use crate::store::{EntryImage, Retained, SnapshotInfo, SnapshotState};
 use rustix::fd::AsFd;
 use rustix::fs::OFlags;
-use std::path::Path;
-
-/// Checks that the directory and the store belong together, and notes that they do the first time.
-///
-/// # Errors
-/// [`Error::Store`] when either belongs to another.
-pub fn pair(backing: &Backing, store: &Store, elsewhere: Option<&Path>) -> Result<()> {
-    let shown = elsewhere.map_or_else(|| backing.path.join(".cowfs/store"), Path::to_path_buf);
-    let fail = |why: &str| Error::Store {
-        path: shown.clone(),
-        why: why.into(),
-    };
-    let mark = backing.hidden_path().join("store-id");
-    let id = format!("{:032x}\n", store.uuid());
-    match std::fs::read_to_string(&mark) {
-        Ok(found) if found == id => Ok(()),
-        Ok(_) => Err(fail(
-            "is not the store of this directory, whose snapshots are kept elsewhere; pass the same store= as before",
-        )),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            if store.epoch().0 > 0 {
-                return Err(fail("belongs to another directory; choose an empty store="));
-            }
-            write_durably(&mark, id.as_bytes()).map_err(|e| Error::io("cannot write", &mark, &e))
-        }
-        Err(e) => Err(Error::io("cannot read", &mark, &e)),
-    }
-}
-
-/// Writes a small file under a temporary name, syncs it, and gives it its name.
-fn write_durably(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    std::io::Write::write_all(&mut file, bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    std::fs::File::open(dir)?.sync_all()
-}
 
 /// Finishes or takes back the moves of retained objects that a crash interrupted.
 pub fn retained(engine: &Engine) -> Result<()> {

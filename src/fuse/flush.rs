@@ -7,6 +7,7 @@
 
 use super::hands::{Hands, Numbers};
 use crate::control;
+use crate::engine::backing::FUSE_MAGIC;
 use crate::engine::nodes::NodeId;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, Mutex, MutexGuard, channel};
@@ -32,8 +33,6 @@ pub const HELPER_COMMAND: &str = "flush-helper";
 pub(super) const FILEID_INO64_GEN: i32 = 0x81;
 /// A name in the root that means the node with this hexadecimal number, to the helper alone.
 const NODE_NAME: &str = ".cowfs-node-";
-/// `FUSE_SUPER_MAGIC` of statfs(2).
-const FUSE_MAGIC: u64 = 0x6573_5546;
 
 /// The node that the helper means by a name in the root of the mount.
 pub(super) fn node_of_name(name: &OsStr) -> Option<NodeId> {
@@ -117,6 +116,18 @@ impl FlushHelper {
     /// miss a store.
     pub(super) fn flush(&self, nodes: &[NodeId]) -> Result<()> {
         self.ask(Order::WriteBack, nodes).map(drop)
+    }
+
+    /// Returns when what the kernel has of a file and cowfs has not has come, whoever has the inode's lock. Before Linux 6.16
+    /// there is no waiting for that without the lock: it does nothing there.
+    ///
+    /// # Errors
+    /// `EIO` if a page could not be written.
+    pub(super) fn clean(&self, node: NodeId) -> Result<()> {
+        if !pages_tell_of_requests() {
+            return Ok(());
+        }
+        self.ask(Order::Clean, &[node]).map(drop)
     }
 
     /// Has an order carried out, by another helper if this one is gone. Returns what [`Answer`] says.
@@ -345,7 +356,7 @@ impl Drop for Pipes {
 /// nodes, as the order says. Ends when the daemon does.
 pub fn run_helper(mountpoint: &Path) -> Result<()> {
     let (mut input, mut output) = (std::io::stdin(), std::io::stdout());
-    super::session::raise_file_limit();
+    super::limits::raise();
     let hands = Hands::start()?;
     let mut hello = Vec::new();
     put_words(&mut hello, hands.numbers());

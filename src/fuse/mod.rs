@@ -14,6 +14,7 @@ mod hands;
 pub mod idle;
 mod intent;
 mod kept;
+mod limits;
 mod pool;
 pub mod probe;
 mod read;
@@ -36,6 +37,7 @@ use crate::error::Result;
 use crate::store::Timestamp;
 use crate::sync::Arc;
 use convert::{errno, file_attr};
+use flush::FlushHelper;
 use fuser::{FileHandle, INodeNo, ReplyAttr, ReplyEmpty, Request};
 use handover::SnapshotMounts;
 use hands::Numbers;
@@ -82,6 +84,8 @@ struct Adapter {
     resent: Resent,
     /// The processes that flush what the kernel holds back: their opens and syncs concern its pages alone.
     helpers: Vec<Arc<Numbers>>,
+    /// Writes back what a question about holes concerns; where the kernel holds writes back, in the middle of a cut too.
+    cleaner: Arc<FlushHelper>,
     /// Where the kernel holds writes back: what a cut makes wait.
     gate: Option<Arc<Gate>>,
 }
@@ -92,6 +96,7 @@ const HELPER_HANDLE: FileHandle = FileHandle(0);
 impl Adapter {
     fn new(
         snapshots: Arc<SnapshotMounts>,
+        cleaner: Arc<FlushHelper>,
         helpers: Vec<Arc<Numbers>>,
         gate: Option<Arc<Gate>>,
         found: &Found,
@@ -110,6 +115,7 @@ impl Adapter {
             behind: Arc::new(Pool::new("behind", 1)?),
             resent: Resent::new(found),
             helpers,
+            cleaner,
             gate,
         })
     }

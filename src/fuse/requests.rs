@@ -610,12 +610,12 @@ impl Filesystem for Adapter {
         reply: ReplyLseek,
     ) {
         let _turn = self.reader.crew.turn();
-        let Some(gate) = &self.gate else {
+        if !self.engine.may_be_dirty(ino.0, self.gate.is_some()) {
             return self.reader.lseek(fh, offset, whence, reply);
-        };
-        // What the kernel holds back may lie in what is a hole so far.
-        let (gate, reader) = (gate.clone(), self.reader.clone());
-        self.blocking.run(move || match gate.clean(ino.0) {
+        }
+        // What the kernel has and cowfs has not may lie in what is a hole so far.
+        let (cleaner, reader) = (self.cleaner.clone(), self.reader.clone());
+        self.blocking.run(move || match cleaner.clean(ino.0) {
             Ok(()) => reader.lseek(fh, offset, whence, reply),
             Err(error) => reply.error(errno(&error)),
         });

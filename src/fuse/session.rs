@@ -5,6 +5,7 @@ use super::dropbehind::Dropper;
 use super::flush::FlushHelper;
 use super::handover::SnapshotMounts;
 use super::kept::{Ended, Kept};
+use super::limits;
 use super::pool::Pool;
 use super::read::Reader;
 use super::writeback::Gate;
@@ -18,7 +19,6 @@ use fuser::{Config, INodeNo, Session, SessionACL};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -32,7 +32,7 @@ pub fn serve(
     kept: Kept,
     ready: impl FnOnce() + Send,
 ) -> Result<(), Ended> {
-    raise_file_limit();
+    limits::raise();
     let taken_over = kept.mount.is_some();
     config.cache = cache_mode(&config, &kept);
     let server = Server::start(config, kept).map_err(|(kept, error)| {
@@ -114,15 +114,17 @@ impl Server {
         // Before the signals can come, so that one during the mount still unmounts.
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
             .map_err(|e| Error::io("cannot listen for signals", &config.mountpoint, &e))?;
-        let helper = FlushHelper::start(&config.mountpoint)?;
-        let mut helpers = vec![helper.numbers()];
+        let cleaner = Arc::new(FlushHelper::start(&config.mountpoint)?);
+        let mut helpers = vec![cleaner.numbers()];
         let gate = if config.cache == CacheMode::Writeback {
-            let cleaner = FlushHelper::start(&config.mountpoint)?;
-            helpers.push(cleaner.numbers());
-            let gate = Gate::new(engine.clone(), helper, cleaner)?;
+            // In the middle of a cut both are needed.
+            let helper = FlushHelper::start(&config.mountpoint)?;
+            helpers.push(helper.numbers());
+            let gate = Gate::new(engine.clone(), helper)?;
             engine.set_barrier(Some(gate.clone()));
             Some(gate)
         } else {
+            let helper = cleaner.clone();
             let flusher = Box::new(move |nodes: &[_]| helper.flush(nodes));
             engine.set_flusher(Some(flusher));
             None
@@ -136,7 +138,7 @@ impl Server {
             waiting,
             kept.served,
         );
-        let adapter = Adapter::new(snapshots.clone(), helpers, gate.clone(), &found)?;
+        let adapter = Adapter::new(snapshots.clone(), cleaner, helpers, gate.clone(), &found)?;
         let reader = adapter.reader.clone();
         let session = match device {
             Some(device) => resume(config, adapter, device)?,
@@ -279,16 +281,4 @@ fn run(
         stop.close();
         done
     })
-}
-
-/// Each file that a user has open costs the daemon a descriptor, so it takes as many as it is allowed.
-pub(super) fn raise_file_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let most = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(errno) = setrlimit(Resource::Nofile, most) {
-        log::warn!("cannot raise the limit of open files: {errno}");
-    }
 }

@@ -252,8 +252,6 @@ pub(super) struct Gate {
     engine: Arc<Engine>,
     /// Makes the seals. Its requests are let through.
     helper: FlushHelper,
-    /// Writes back what a question about holes concerns, also in the middle of a cut.
-    cleaner: FlushHelper,
     notifier: Mutex<Option<Notifier>>,
     hold: Mutex<Hold<Job>>,
     /// Whether there is a hold, for those who need not look closer.
@@ -266,16 +264,11 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    /// A gate for a mount that is served from now on. The helpers are started before it is made.
-    pub(super) fn new(
-        engine: Arc<Engine>,
-        helper: FlushHelper,
-        cleaner: FlushHelper,
-    ) -> Result<Arc<Self>> {
+    /// A gate for a mount that is served from now on. The helper is started before it is made.
+    pub(super) fn new(engine: Arc<Engine>, helper: FlushHelper) -> Result<Arc<Self>> {
         Ok(Arc::new(Self {
             engine,
             helper,
-            cleaner,
             notifier: Mutex::new(None),
             hold: Mutex::new(Hold::new()),
             held: AtomicBool::new(false),
@@ -365,17 +358,6 @@ impl Gate {
         let tick = &mut || watch.in_time();
         let missing = self.helper.ask_watched(Order::CleanTaken, active, tick)?;
         Ok(!missing.is_empty() || self.hold.lock().changed)
-    }
-
-    /// Has the kernel write back what it holds of a file that is open for writing, whoever has its lock.
-    ///
-    /// # Errors
-    /// `EIO` if a page could not be written.
-    pub(super) fn clean(&self, node: NodeId) -> Result<()> {
-        if self.engine.writable_nodes().binary_search(&node).is_err() {
-            return Ok(());
-        }
-        self.cleaner.ask(Order::Clean, &[node]).map(drop)
     }
 
     fn run(&self, parked: Vec<Parked<Job>>, ttl: Duration) {

@@ -1,5 +1,6 @@
 //! The directory of a store: whose it is, of which format, and that nobody else has it open.
 
+use super::Store;
 use crate::error::{Error, Result};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -35,6 +36,16 @@ fn refuse(path: &Path, why: impl Into<String>) -> Error {
     Error::Store {
         path: path.to_path_buf(),
         why: why.into(),
+    }
+}
+
+impl Store {
+    /// Whether there is a store at `dir`, or what is left of one.
+    #[must_use]
+    pub fn is_at(dir: &Path) -> bool {
+        ["format", "journal"]
+            .iter()
+            .any(|name| dir.join(name).exists())
     }
 }
 

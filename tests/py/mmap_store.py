@@ -49,6 +49,15 @@ for s, generation in taken:
     for k in range(FILES):
         c.equal([generation] * PAGES, values(c.at(s, "m%d" % k), PAGES), "snapshot %s is unchanged later (file %d)" % (s, k))
 
+# Where somebody has stored there is data for who looks for it (cp(1), tar -S), before the kernel has written it back.
+fd, sparse = mapped("sparse", 256)
+other = os.open(os.path.join(c.work, "sparse"), os.O_RDONLY)
+for k in (100, 200, 10):
+    page(sparse, k, k)
+    for reader in (other, fd):
+        c.equal(k * PAGE, os.lseek(reader, (k - 1) * PAGE, os.SEEK_DATA), "data at page %d" % k)
+os.close(other)
+
 # One file much larger, a store here and there, while a process goes on storing a counter into a page.
 fd, big = mapped("big", 8192)
 stop = os.path.join(c.work, "stop")

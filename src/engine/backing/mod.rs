@@ -21,7 +21,9 @@ use crate::sys;
 use hashlink::LruCache;
 use places::{Places, enter};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatVfsMountFlags, Statx, StatxFlags, fadvise};
+use rustix::fs::{
+    Advice, AtFlags, IFlags, Mode, OFlags, StatVfsMountFlags, Statx, StatxFlags, fadvise,
+};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::{Resource, getrlimit};
@@ -99,6 +101,9 @@ pub enum Failure {
 
 /// Is asked before every system call on the backing directory.
 pub type Faults = Arc<dyn Fn(Call) -> Option<Failure> + Send + Sync>;
+
+/// `FUSE_SUPER_MAGIC` of statfs(2) (include/uapi/linux/magic.h); virtiofs has it too.
+pub const FUSE_MAGIC: u64 = 0x6573_5546;
 
 /// The backing directory.
 pub struct Backing {
@@ -199,6 +204,13 @@ impl Backing {
                     .into(),
             ));
         }
+        if rustix::fs::fstatfs(&root)?.f_type as u64 == FUSE_MAGIC {
+            return Err(fail(
+                "is on a FUSE filesystem, which gives its files other numbers when it has forgotten them, so that snapshots \
+                 would show the wrong ones; use a directory of the filesystem beneath it"
+                    .into(),
+            ));
+        }
         let st = statx(root.as_fd(), c"")?;
         let (kind, bytes) = sys::name_to_handle(root.as_fd(), c"").map_err(|e| {
             fail(format!("its filesystem has no file handles ({e}), which cowfs needs; use ext4, xfs, btrfs or tmpfs"))
@@ -267,12 +279,45 @@ impl Backing {
                 "{shown} belongs to another user or is open to others; it must be mode 0700 of the user that runs cowfs"
             )));
         }
+        leave_project(fd.as_fd());
         Ok(fd)
     }
 
     /// The hidden directory's path through its descriptor, for the store beneath it.
     pub fn hidden_path(&self) -> PathBuf {
         sys::fd_path(&self.hidden)
+    }
+
+    /// The handle of the hidden directory.
+    ///
+    /// # Errors
+    /// Those of name_to_handle_at(2).
+    pub fn hidden_handle(&self) -> Result<ObjectHandle> {
+        let (kind, bytes) = sys::name_to_handle(self.hidden.as_fd(), c"")?;
+        let bytes = bytes.into();
+        Ok(ObjectHandle { kind, bytes })
+    }
+
+    /// Whether a handle is that of the hidden directory. Of one object there can be several: how xfs makes them depends on
+    /// how it is mounted (`inode32`).
+    ///
+    /// # Errors
+    /// Those of name_to_handle_at(2) and statx(2).
+    pub fn is_hidden_dir(&self, handle: &ObjectHandle) -> Result<bool> {
+        if *handle == self.hidden_handle()? {
+            return Ok(true);
+        }
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let opened = sys::open_by_handle(self.root.as_fd(), handle.kind, &handle.bytes, flags);
+        let Ok(opened) = opened else {
+            return Ok(false);
+        };
+        let (there, own) = (
+            statx(opened.as_fd(), c"")?,
+            statx(self.hidden.as_fd(), c"")?,
+        );
+        let of = |st: &Statx| (st.stx_dev_major, st.stx_dev_minor, st.stx_ino);
+        Ok(of(&there) == of(&own))
     }
 
     /// The root directory.
@@ -510,6 +555,21 @@ impl Backing {
             entry,
             attr: image(st),
         })
+    }
+}
+
+/// Has a directory hand no project down (ext4(5), xfs_quota(8)): one that does takes no name of an object of another
+/// project, and what is removed anywhere in the tree is moved here.
+fn leave_project(dir: BorrowedFd<'_>) {
+    // Where there are no such flags there are no projects.
+    let Ok(flags) = rustix::fs::ioctl_getflags(dir) else {
+        return;
+    };
+    if flags.contains(IFlags::PROJECT_INHERIT)
+        && let Err(errno) =
+            rustix::fs::ioctl_setflags(dir, flags.difference(IFlags::PROJECT_INHERIT))
+    {
+        log::warn!("what is of another project than the directory cannot be removed: {errno}");
     }
 }
 
