@@ -13,7 +13,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::{Mount, Outcome, cowfs_bin, daemons, mount_type, run};
+use support::user::Beside;
+use support::{Mount, Outcome, cowfs_bin, daemons, mount_type, run, scratch};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -364,6 +365,94 @@ fn limits_of_who_mounts_are_not_those_of_the_mount() {
     let refused = large("b").unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EFBIG), "{refused}");
     assert_eq!(mount.takeovers(), 0);
+}
+
+/// Two mounts, of which one contains what the other has mounted, would change what the other keeps.
+#[test]
+fn overlapping_sources_are_refused() {
+    let mount = Mount::new("overlap", LIMIT);
+    let at = mount.root.join("at");
+    let (inner, twin) = (mount.backing.join("inner"), mount.root.join("twin"));
+    for dir in [&at, &inner, &twin] {
+        fs::create_dir(dir).unwrap();
+    }
+    refused(&words(&["mount"], &[&inner, &at]), 3, &["lies in it"]);
+    refused(
+        &words(&["mount"], &[&mount.root, &twin]),
+        3,
+        &["lies in it"],
+    );
+    mount.umount();
+    cowfs(&words(&["mount"], &[&inner])).success("mount of the inner one");
+    refused(
+        &words(&["mount"], &[&mount.backing, &at]),
+        3,
+        &["lies in it"],
+    );
+    // Another filesystem in it is not entered.
+    let mut tmpfs = Command::new("mount");
+    let other = mount.backing.join("other");
+    cowfs(&words(&["umount"], &[&inner])).success("umount");
+    fs::create_dir(&other).unwrap();
+    run(tmpfs.args(["-t", "tmpfs", "tmpfs"]).arg(&other), LIMIT).success("mount of a tmpfs");
+    let within = other.join("within");
+    fs::create_dir(&within).unwrap();
+    let inside = cowfs(&words(&["mount"], &[&within]));
+    let around = cowfs(&words(&["mount"], &[&mount.backing, &at]));
+    let types = [mount_type(&within), mount_type(&at)];
+    for place in [&at, &within, &other] {
+        // What is not mounted has been told of above.
+        let _ = unmount(place, UnmountFlags::DETACH);
+    }
+    inside.success("mount in another filesystem");
+    around.success("mount around another filesystem");
+    let cowfs = Some("fuse.cowfs".to_owned());
+    assert_eq!(types, [cowfs.clone(), cowfs]);
+}
+
+/// It would change behind the back of the mount, and who takes the mount over would wait for itself to open it.
+#[test]
+fn a_log_in_the_mount_is_refused() {
+    let mount = Mount::new("log-inside", LIMIT);
+    mount.umount();
+    fs::create_dir(mount.backing.join("d")).unwrap();
+    for log in [mount.backing.join("d/log"), mount.mnt.join("log")] {
+        refused(
+            &words(&["mount", "--log"], &[&log, &mount.backing, &mount.mnt]),
+            2,
+            &["--log", "choose a file outside"],
+        );
+        assert!(!log.exists());
+    }
+    mount.mount();
+}
+
+/// Where what starts the program lies in the mount, a server that is to take it over could not be started: a new mount is made.
+#[test]
+fn a_mount_over_what_starts_the_program() {
+    let _beside = Beside::new();
+    let root = scratch("over-etc");
+    let script = r#"
+        set -eu
+        cp -a /etc "$1/etc"
+        mount --bind "$1/etc" /etc
+        "$2" mount /etc
+        mkdir /etc/.snapshots/s
+        echo new > /etc/cowfs-test
+        server=$("$2" status --json /etc | sed 's/.*"pid": *\([0-9]*\).*/\1/;t;d' | head -n 1)
+        kill -9 "$server"
+        sleep 1
+        timeout 20 cat /etc/cowfs-test
+        timeout 20 ls /etc/.snapshots
+        timeout 20 stat --file-system --format=%t /etc
+        "$2" umount /etc
+        umount /etc
+    "#;
+    let mut command = Command::new("unshare");
+    command.args(["-m", "--propagation", "private", "sh", "-c", script, "sh"]);
+    let outcome = run(command.arg(&root).arg(cowfs_bin()), LIMIT).success("a mount over /etc");
+    assert_eq!(outcome.stdout, "new\ns\n65735546\n");
+    fs::remove_dir_all(&root).unwrap();
 }
 
 #[test]

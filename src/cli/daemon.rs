@@ -125,6 +125,20 @@ fn own_program() -> PathBuf {
     }
 }
 
+/// Whether the program could not be started again by who serves `mountpoint`: what the dynamic linker needs for that
+/// (ld.so(8)) lies there, so that it would have to be served first.
+pub(super) fn starts_from(mountpoint: &Path) -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    // The sixth column; the program itself is started by its open file.
+    let mapped = maps
+        .lines()
+        .filter_map(|line| line.find('/').map(|at| &line[at..]));
+    let own = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+    let mut needed = mapped.map(Path::new).filter(|path| *path != own);
+    Path::new("/etc/ld.so.cache").starts_with(mountpoint)
+        || needed.any(|path| path.starts_with(mountpoint))
+}
+
 pub(super) fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),
@@ -189,4 +203,19 @@ fn null() -> Result<File> {
         .write(true)
         .open("/dev/null")
         .map_err(|error| Error::io("cannot open", "/dev/null", &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_program_starts_from() {
+        for place in ["/", "/etc", "/usr"] {
+            assert!(starts_from(Path::new(place)), "{place}");
+        }
+        for place in ["/srv", "/usr/local/share", "/etc/ssh", "/proc"] {
+            assert!(!starts_from(Path::new(place)), "{place}");
+        }
+    }
 }

@@ -125,6 +125,7 @@ pub(super) fn keep(
         held: None,
         served: 0,
         ready: false,
+        starts_from_mount: daemon::starts_from(&config.mountpoint),
     };
     let kept = keeper.run(&ward, ready);
     ward.end();
@@ -139,6 +140,8 @@ struct Keeper<'a> {
     served: u32,
     /// The last server has said that the mount is usable.
     ready: bool,
+    /// No server could be started while the mount waits for one.
+    starts_from_mount: bool,
 }
 
 impl Keeper<'_> {
@@ -183,7 +186,10 @@ impl Keeper<'_> {
                 "{place}: the server died ({}); starting another",
                 daemon::describe(status)
             );
-            if status.code() == Some(CANNOT_TAKE_OVER) || self.held.is_none() {
+            if status.code() == Some(CANNOT_TAKE_OVER)
+                || self.held.is_none()
+                || self.starts_from_mount
+            {
                 self.begin_anew();
             }
         }

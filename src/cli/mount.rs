@@ -3,7 +3,7 @@
 use super::keeper::{self, Inherited};
 use super::{Failure, daemon, mount_snapshot};
 use crate::config::{MountConfig, MountOptions, STORE_DIR, parse_options};
-use crate::control;
+use crate::control::{self, MountEntry};
 use crate::error::{Error, Result};
 use crate::fuse;
 use rustix::fs::{Mode, OFlags};
@@ -275,9 +275,61 @@ fn prepare(args: &Args, mut options: MountOptions) -> Result<MountConfig> {
     if let Some(store) = options.store.take() {
         options.store = Some(check_store(&store, &source, &mountpoint)?);
     }
+    if let Some(log) = &args.log {
+        check_log(log, &source, &mountpoint)?;
+    }
     fuse::check_may_mount()?;
     let root = rustix::process::geteuid().is_root();
     Ok(MountConfig::new(source, mountpoint, options, root))
+}
+
+/// The log of a mount is not in the mount: it would change behind its back, and whoever takes the mount over would have to
+/// be there to open it.
+fn check_log(path: &Path, source: &Path, mountpoint: &Path) -> Result<()> {
+    let place =
+        with_parent(path).map_err(|error| Error::io("cannot open the log", path, &error))?;
+    if [source, mountpoint]
+        .iter()
+        .any(|dir| place.starts_with(dir))
+    {
+        return Err(Error::Usage(format!(
+            "--log {}: lies in the directory that is mounted; choose a file outside",
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The canonical path of something that need not be there, in a directory that is.
+fn with_parent(path: &Path) -> std::io::Result<PathBuf> {
+    let absolute = std::path::absolute(path)?;
+    if let Ok(real) = std::fs::canonicalize(&absolute) {
+        return Ok(real);
+    }
+    match (absolute.parent(), absolute.file_name()) {
+        (Some(parent), Some(name)) => Ok(std::fs::canonicalize(parent)?.join(name)),
+        _ => Err(std::io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+/// A mount that answers, of a directory that contains `source` or lies in it, with no other filesystem in between: one would
+/// change what the other keeps, behind its back.
+fn overlapping<'m>(source: &Path, mounts: &'m [MountEntry]) -> Option<&'m MountEntry> {
+    let apart = |outer: &Path, inner: &Path| {
+        mounts.iter().any(|between| {
+            let at = &between.mountpoint;
+            !between.is_cowfs() && at != outer && at.starts_with(outer) && inner.starts_with(at)
+        })
+    };
+    mounts.iter().find(|mount| {
+        let other = Path::new(&mount.source);
+        let within = |outer: &Path, inner: &Path| inner.starts_with(outer) && !apart(outer, inner);
+        mount.is_cowfs()
+            && other != source
+            && (within(source, other) || within(other, source))
+            // One that does not is dead and holds nothing.
+            && control::status(&mount.mountpoint).is_ok()
+    })
 }
 
 fn check_source(path: &Path) -> Result<PathBuf> {
@@ -316,6 +368,13 @@ fn check_source(path: &Path) -> Result<PathBuf> {
                 mount.mountpoint.display()
             )));
         }
+    }
+    if let Some(mount) = overlapping(&source, &mounts) {
+        return Err(refuse(&format!(
+            "{}, which is mounted by cowfs at {}, contains it or lies in it: each mount would change what the other keeps; mount one of them",
+            Path::new(&mount.source).display(),
+            mount.mountpoint.display()
+        )));
     }
     Ok(source)
 }
@@ -368,8 +427,7 @@ fn check_store(path: &Path, source: &Path, mountpoint: &Path) -> Result<PathBuf>
         path: path.to_path_buf(),
         why,
     };
-    let absolute = std::path::absolute(path).map_err(|error| refuse(error.to_string()))?;
-    let store = match std::fs::canonicalize(&absolute) {
+    let store = match std::fs::canonicalize(path) {
         Ok(real) => {
             stat_directory(&real).map_err(|error| match error.0 {
                 Errno::NOTDIR => refuse("the store must be a directory".into()),
@@ -379,12 +437,7 @@ fn check_store(path: &Path, source: &Path, mountpoint: &Path) -> Result<PathBuf>
         }
         Err(_) => {
             // It may be created; its parent must be there.
-            let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
-                return Err(refuse("cannot be a store".into()));
-            };
-            std::fs::canonicalize(parent)
-                .map_err(|error| refuse(format!("its parent directory: {error}")))?
-                .join(name)
+            with_parent(path).map_err(|error| refuse(format!("its parent directory: {error}")))?
         }
     };
     let own_place = store == source.join(STORE_DIR);

@@ -64,7 +64,7 @@ static MOUNTS: (Mutex<(usize, bool)>, Condvar) = (Mutex::new((0, false)), Condva
 pub(crate) struct Here(());
 
 /// A namespace beside that of the tests.
-struct Beside(());
+pub(crate) struct Beside(());
 
 fn wait_for(ready: impl Fn(&(usize, bool)) -> bool, enter: impl Fn(&mut (usize, bool))) {
     let state = MOUNTS.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -94,7 +94,7 @@ impl Drop for Here {
 }
 
 impl Beside {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         wait_for(|state| *state == (0, false), |state| state.1 = true);
         Self(())
     }
