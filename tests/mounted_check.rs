@@ -304,6 +304,10 @@ fn a_copy_is_compared_in_everything() {
         0,
         "0 differences",
     );
+    for (other, code, says) in [("d/f7", 0, "1 objects"), ("d/f8", 8, "f8: not what")] {
+        let pair = [&snapshot.join("d/f7"), &copy.join(other)];
+        expect(&cowfs(&["verify"], &pair.map(PathBuf::as_path)), code, says);
+    }
     expect(
         &cowfs(&["verify"], &[&mount.mnt, &copy]),
         2,

@@ -490,6 +490,14 @@ fn snapshot_names_that_cannot_be_are_refused() {
         .collect();
     left.sort();
     assert_eq!(left, [OsStr::new(&long), OsStr::new("two")]);
+    // One that is named twice is meant once; one that has two names is not meant.
+    cowfs(&["snapshot", "delete", at, "two", "two"]).success("delete");
+    refused(
+        &["snapshot", "create", at, "three", "--pattern", "%F"],
+        2,
+        &["three", "--pattern"],
+    );
+    assert_eq!(fs::read_dir(mnt.join(".snapshots")).unwrap().count(), 1);
 }
 
 /// As that of the flush helper may be, after a cut.
@@ -550,6 +558,7 @@ fn a_directory_is_mounted_over_itself() {
     ))
     .success("create");
     fs::write(dir.join("sub/f"), "after").unwrap();
+    let destroyed = cowfs(&words(&["destroy", "--yes"], &[&dir]));
     let seen = fs::read(dir.join(".snapshots/s/sub/f"));
     let beneath = fs::read(dir.join("sub/.snapshots/s/f"));
     cowfs(&words(&["umount"], &[&dir])).success("umount");
@@ -559,6 +568,8 @@ fn a_directory_is_mounted_over_itself() {
         (b"before".to_vec(), b"before".to_vec())
     );
     assert_eq!(fs::read(dir.join("sub/f")).unwrap(), b"after");
+    assert_eq!(destroyed.status.code(), Some(3), "{}", destroyed.stderr);
+    assert!(destroyed.stderr.contains("unmount it first"));
 }
 
 #[test]

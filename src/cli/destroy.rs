@@ -1,6 +1,7 @@
 //! `cowfs destroy`: turn a backing directory back into a plain one (C10).
 
 use crate::config::STORE_DIR;
+use crate::control;
 use crate::engine::pairing;
 use crate::error::{Error, Result};
 use crate::store::{Store, StoreOptions};
@@ -30,6 +31,16 @@ EXAMPLE
 pub(super) fn run(args: &Args) -> Result<()> {
     let source = std::fs::canonicalize(&args.source)
         .map_err(|e| Error::io("cannot open the directory", &args.source, &e))?;
+    let mounts = control::mounts()?;
+    if let Some(mount) = control::mount_of(&source, &mounts).filter(|mount| mount.is_cowfs()) {
+        return Err(Error::Source {
+            path: source.clone(),
+            why: format!(
+                "is mounted by cowfs, at {}; unmount it first (cowfs umount)",
+                mount.mountpoint.display()
+            ),
+        });
+    }
     let hidden = source.join(STORE_DIR);
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = rustix::fs::open(&hidden, flags, Mode::empty()).map_err(|errno| match errno {

@@ -8,6 +8,7 @@ use chrono::{DateTime, Utc};
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 use serde::Serialize;
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -55,9 +56,9 @@ struct CreateArgs {
     /// PATH and NAME, either or none.
     #[arg(value_name = "PATH> <NAME", num_args = 0..=2)]
     words: Vec<OsString>,
-    /// Name it by the time in UTC, by this strftime(3) pattern.
-    #[arg(long, value_name = "STRFTIME", default_value = PATTERN)]
-    pattern: String,
+    /// Name it by the time in UTC, by this strftime(3) pattern [default: %Y%m%dT%H%M%SZ].
+    #[arg(long, value_name = "STRFTIME")]
+    pattern: Option<String>,
     /// Print JSON: name, path, epoch, created.
     #[arg(long)]
     json: bool,
@@ -216,8 +217,14 @@ fn create(args: &CreateArgs) -> Result<()> {
     };
     if let Some(name) = name {
         check_name(name)?;
+        if args.pattern.is_some() {
+            return Err(Error::Usage(format!(
+                "a NAME ({}) and a --pattern: only one of them can name the snapshot",
+                control::lossy(name)
+            )));
+        }
     }
-    let pattern = check_pattern(&args.pattern)?;
+    let pattern = check_pattern(args.pattern.as_deref().unwrap_or(PATTERN))?;
     let directory = directory(Path::new(path))?;
     let path = match name {
         Some(name) => {
@@ -419,6 +426,9 @@ fn snapshots_named(words: &[OsString]) -> Result<Vec<PathBuf>> {
         };
         paths.push(here.join(name));
     }
+    // Named twice it is meant once.
+    let mut seen = HashSet::new();
+    paths.retain(|path: &PathBuf| seen.insert(path.clone()));
     if let Some(missing) = paths.iter().find(|path| path.symlink_metadata().is_err()) {
         return Err(explain("cannot find the snapshot", missing, Errno::NOENT));
     }

@@ -37,7 +37,7 @@ pub(super) struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// A snapshot, as MOUNTPOINT/.snapshots/NAME, or a directory in one, or in a snapshot mounted by itself.
+    /// A snapshot, as MOUNTPOINT/.snapshots/NAME, or a directory or file in one, or in a snapshot mounted by itself.
     snapshot: PathBuf,
     /// The copy.
     copy: PathBuf,
@@ -150,8 +150,8 @@ impl Compare<'_> {
             if self.object(&dir)? != Some(FileType::Directory) {
                 continue;
             }
-            let ours = names(&self.args.snapshot.join(&dir))?;
-            let theirs = names(&self.args.copy.join(&dir))?;
+            let ours = names(&below(&self.args.snapshot, &dir))?;
+            let theirs = names(&below(&self.args.copy, &dir))?;
             for name in theirs.difference(&ours) {
                 self.differ(&dir.join(name), "name", "only in the copy".into());
             }
@@ -201,7 +201,10 @@ impl Compare<'_> {
     /// Compares one object; returns its kind if both have the same.
     fn object(&mut self, path: &Path) -> Result<Option<FileType>> {
         self.objects += 1;
-        let (ours, theirs) = (self.args.snapshot.join(path), self.args.copy.join(path));
+        let (ours, theirs) = (
+            below(&self.args.snapshot, path),
+            below(&self.args.copy, path),
+        );
         let (a, b) = (stat(&ours)?, stat(&theirs)?);
         let kind = FileType::from_raw_mode(u32::from(a.stx_mode));
         let other = FileType::from_raw_mode(u32::from(b.stx_mode));
@@ -343,6 +346,14 @@ impl Compare<'_> {
             }
             at += n as u64;
         }
+    }
+}
+
+/// What has `path` below `root`; that itself is looked at where it leads to if it is a link to a directory.
+fn below(root: &Path, path: &Path) -> PathBuf {
+    match path.as_os_str().is_empty() && !root.is_dir() {
+        true => root.to_path_buf(),
+        false => root.join(path),
     }
 }
 

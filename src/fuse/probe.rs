@@ -89,6 +89,7 @@ fn start_writer(mountpoint: &Path) -> std::io::Result<Child> {
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
+        .stderr(Stdio::null()) // the mount is made all the same
         .spawn()
 }
 
