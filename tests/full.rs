@@ -123,6 +123,57 @@ fn open_faulty(dir: &Path, on_full: OnFull, fault: &Arc<Fault>) -> Arc<Engine> {
     Engine::open(dir, options).unwrap()
 }
 
+/// What is left in a segment is moved to give the rest back: where there is no room for that it stays, and is not in the way of
+/// those who wait for what has been given back.
+#[test]
+fn what_is_left_in_a_segment_stays_on_a_full_disk() {
+    const BLOCK: usize = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("f"), vec![1; 600 * BLOCK]).unwrap();
+    let fault = Fault::new();
+    let engine = open_faulty(dir.path(), OnFull::Drop, &fault);
+    let change = |blocks: std::ops::Range<usize>| {
+        // Not in order, so that nothing is kept ahead.
+        for n in blocks.rev() {
+            let at = (n * BLOCK) as u64;
+            assert_eq!(write(&engine, "f", at, &[2; BLOCK]).unwrap(), BLOCK);
+        }
+    };
+    // Of the first segment the newer snapshot needs a little.
+    engine.snapshot(b"s1").unwrap();
+    change(0..200);
+    engine.snapshot(b"s2").unwrap();
+    change(200..600);
+    engine.store().sync().unwrap();
+    let segments = || {
+        let journal = dir.path().join(".cowfs/store/journal");
+        let names = std::fs::read_dir(journal).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = names.filter(|name| name != "session").collect();
+        names.sort();
+        names
+    };
+    // What has been empty from the beginning goes first.
+    engine.upkeep().unwrap();
+    let before = segments();
+    let is_right = || {
+        let seen = seen(&engine, &["s2", "f"]).unwrap();
+        seen.iter()
+            .enumerate()
+            .all(|(at, byte)| *byte == if at < 200 * BLOCK { 2 } else { 1 })
+    };
+    engine.delete_snapshot(b"s1", Duration::ZERO).unwrap();
+    fault.full.store(true, Ordering::SeqCst);
+    engine.upkeep().unwrap();
+    assert!(segments().contains(&before[0]), "nothing was to be moved");
+    assert!(is_right());
+    fault.full.store(false, Ordering::SeqCst);
+    engine.upkeep().unwrap();
+    assert!(!segments().contains(&before[0]), "it was not moved");
+    assert!(is_right());
+    engine.close().unwrap();
+}
+
 /// In the mode `drop` a change goes through on a full disk: the old snapshots go, the newest becomes invalid, and all
 /// of that outlives a crash.
 #[test]

@@ -135,6 +135,40 @@ fn writers_go_on_while_the_disk_fills() {
 }
 
 /// A limit is kept to, what is held is not deleted, and the status tells of it before it happens.
+/// Snapshots hold the inodes of removed files too, and a filesystem may have no other left.
+#[test]
+fn snapshots_give_way_for_inodes() {
+    let mount = Mount::on_own_disk("inodes", LIMIT, 32);
+    let at = |n: u32| mount.mnt.join(format!("f{n}"));
+    let create = |n: u32| File::create_new(at(n)).map(drop);
+    let full = (0..)
+        .find_map(|n| create(n).err().map(|error| (n, error)))
+        .unwrap();
+    assert_eq!(full.1.kind(), ErrorKind::StorageFull, "after {}", full.0);
+    // A store takes some as well.
+    let count = full.0 - 100;
+    for n in count..full.0 {
+        fs::remove_file(at(n)).unwrap();
+    }
+    for name in ["s1", "s2"] {
+        mount.snapshot(name);
+        for n in 0..200 {
+            fs::remove_file(at(n)).unwrap();
+        }
+        for n in 0..200 {
+            create(n).unwrap_or_else(|error| panic!("{name}, f{n}: {error}"));
+        }
+    }
+    let states = states(&mount);
+    assert!(
+        states.iter().all(|(_, state)| state == "invalid"),
+        "{states:?}"
+    );
+    // Without any there is nothing to be had.
+    let refused = (full.0..full.0 + 200).find_map(|n| create(n).err());
+    assert_eq!(refused.unwrap().kind(), ErrorKind::StorageFull);
+}
+
 #[test]
 fn a_limit_holds_and_what_is_held_stays() {
     let size = 4 * MIB;

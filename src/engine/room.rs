@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::ids::Epoch;
 use crate::store::{SnapshotState, Space};
 use crate::sync::{Arc, AtomicI64, AtomicU64, Mutex, Ordering};
+use rustix::fs::StatVfs;
 use std::time::{Duration, Instant};
 
 /// What a small record is taken to need.
@@ -393,8 +394,8 @@ impl Engine {
         if wanted > free.saturating_add(usage.used) {
             return false;
         }
-        if free > wanted.saturating_add(LEAST_MARGIN) {
-            // Or space came back since.
+        // Space came back since, or it is an inode that is missing: those of removed files come back.
+        if free > wanted.saturating_add(LEAST_MARGIN) && !self.could_free_inodes(&disk) {
             return !std::mem::replace(&mut patience.tried_again, true);
         }
         let waiting = self.reclaims();
@@ -417,5 +418,11 @@ impl Engine {
             std::thread::sleep(RETRY);
         }
         self.upkeep.finish_round(RECLAIM_PATIENCE) || self.upkeep().is_ok()
+    }
+
+    /// Whether the filesystem of the directory has no inode left, and snapshots have some.
+    fn could_free_inodes(&self, disk: &StatVfs) -> bool {
+        let none_left = disk.f_files > 0 && disk.f_favail == 0;
+        none_left && self.backing.all_retained().is_ok_and(|all| !all.is_empty())
     }
 }

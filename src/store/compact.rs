@@ -1,6 +1,7 @@
 //! Segments that hold little or nothing any more: what is live is appended anew, then the file goes.
 
 use super::Store;
+use super::checkpoint::INDEX_ROOM;
 use super::journal::{Batch, Known};
 use super::key::{self, Piece, segment_of};
 use super::lookup::piece_range;
@@ -17,14 +18,30 @@ const SPARSE: u64 = 4;
 const IDLE_TAIL: u64 = 64 << 10;
 
 impl Store {
-    /// Frees one segment; true if there may be more.
+    /// Frees one segment; true if there may be more. What is left in segments is not worth an error: on a full disk there may be
+    /// no room to move it, and those who wait for space would wait for that.
     pub(super) fn segment_step(&self, upkeep: &mut Upkeep) -> Result<bool> {
         if !upkeep.segments_due {
             return Ok(false);
         }
+        match self.free_sparse_segment(upkeep) {
+            Err(error) if error.is_full() => {
+                log::debug!("a segment is left as it is: {error}");
+                Ok(false)
+            }
+            Ok(more) => {
+                upkeep.segments_due = more;
+                Ok(more)
+            }
+            failed => failed,
+        }
+    }
+
+    /// As [`Self::segment_step`].
+    fn free_sparse_segment(&self, upkeep: &mut Upkeep) -> Result<bool> {
+        self.layers.index.ensure_room(INDEX_ROOM)?;
         self.leave_idle_tail()?;
-        let Some(segment) = self.sparse_segment() else {
-            upkeep.segments_due = false;
+        let Some(segment) = self.sparse_segment(self.space()?.free) else {
             return Ok(false);
         };
         self.free_segment(upkeep, segment)?;
@@ -54,9 +71,9 @@ impl Store {
         Ok(())
     }
 
-    /// A closed segment of which little is live. Never the last one: its number tells how far the journal
-    /// goes.
-    fn sparse_segment(&self) -> Option<u32> {
+    /// A closed segment of which little is live, for which there is place if the disk has `room`. Never the last one: its
+    /// number tells how far the journal goes.
+    fn sparse_segment(&self, room: u64) -> Option<u32> {
         // Before the first append the journal ends where it ended at opening, and a segment that was made since has
         // nothing in it: the checkpoint is in the one before.
         let tail = self.journal.tail().map(|(number, _)| number);
@@ -72,10 +89,14 @@ impl Store {
                 && !known.damaged
                 && (known.usage.live * SPARSE < known.usage.used || known.usage.records == 0)
         };
+        let fits = |known: &Known| {
+            let takes = known.usage.live + self.journal.log_area() + INDEX_ROOM;
+            known.usage.records == 0 || takes <= room
+        };
         let known = self.journal.known.lock();
         let sparse = known
             .iter()
-            .filter(|(number, known)| sparse(known) && Some(**number) < tail);
+            .filter(|(number, known)| sparse(known) && fits(known) && Some(**number) < tail);
         // Those that are empty first: to move what is left in others takes room.
         let found = sparse.min_by_key(|(_, known)| known.usage.records > 0);
         found.map(|(number, _)| *number)

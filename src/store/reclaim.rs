@@ -110,14 +110,14 @@ impl Store {
             self.count_step(&mut upkeep)?;
             return Ok(true);
         }
-        if upkeep.job.is_some() || upkeep.segments_due {
-            self.layers.index.ensure_room(INDEX_ROOM)?;
-        }
         *self.opened.noted.lock() = None;
-        if upkeep.job.is_none() {
+        if upkeep.job.is_some() {
+            self.layers.index.ensure_room(INDEX_ROOM)?;
+        } else {
             let Some(job) = self.next_job(&upkeep) else {
                 return self.segment_step(&mut upkeep);
             };
+            self.layers.index.ensure_room(INDEX_ROOM)?;
             // From here on everything that the walk may have to remove is in the index and not in memory.
             self.checkpoint_in(&mut upkeep, false)?;
             upkeep.job = Some(job);
