@@ -225,6 +225,33 @@ fn the_hole_at_the_end_of_a_cut_stays_one_on_xfs() {
     run_steps(&Disk::new(&["mkfs.xfs", "-q"], "loop").root(), &steps);
 }
 
+/// Found once: btrfs fills the block in which a file ends when the file grows past it. An older snapshot, in which the file was
+/// longer, had a hole there.
+#[test]
+fn a_hole_in_which_the_live_file_ended_stays_one_on_btrfs() {
+    let file = 0;
+    let truncate = |size| Op::Truncate { file, size };
+    let write = Op::Write {
+        file,
+        at: 1_914_447,
+        len: 5671,
+        byte: 7,
+    };
+    let disk = Disk::new(&["mkfs.btrfs", "-q"], "loop");
+    for between in [true, false] {
+        let mut steps = vec![
+            Op::Create { dir: 0, name: 0 },
+            truncate(1_493_888),
+            Op::Snapshot,
+        ];
+        if between {
+            steps.extend([truncate(8135), Op::Snapshot]);
+        }
+        steps.extend([truncate(1_156_522), write.clone(), Op::Compare]);
+        run_steps(&disk.root(), &steps);
+    }
+}
+
 #[test]
 fn random_operations_on_btrfs() {
     run(

@@ -105,6 +105,9 @@ pub type Faults = Arc<dyn Fn(Call) -> Option<Failure> + Send + Sync>;
 /// `FUSE_SUPER_MAGIC` of statfs(2) (include/uapi/linux/magic.h); virtiofs has it too.
 pub const FUSE_MAGIC: u64 = 0x6573_5546;
 
+/// Filesystems that leave a hole one in which a file ends that grows past it: ext4, xfs, tmpfs (linux/magic.h). btrfs does not.
+const LEAVE_ENDS: [u64; 3] = [0xef53, 0x5846_5342, 0x0102_1994];
+
 /// The backing directory.
 pub struct Backing {
     /// As the user named it, for messages.
@@ -124,6 +127,8 @@ pub struct Backing {
     places: Option<Places>,
     /// Reading leaves access times alone by itself: the private mount has noatime.
     keeps_atime: bool,
+    /// [`Self::fills_ends`].
+    fills_ends: bool,
     /// Whoever reads through cowfs reads ahead.
     read_ahead_above: AtomicBool,
     /// Something may be on no disk, though a later sync succeeds.
@@ -204,7 +209,8 @@ impl Backing {
                     .into(),
             ));
         }
-        if rustix::fs::fstatfs(&root)?.f_type as u64 == FUSE_MAGIC {
+        let magic = rustix::fs::fstatfs(&root)?.f_type as u64;
+        if magic == FUSE_MAGIC {
             return Err(fail(
                 "is on a FUSE filesystem, which gives its files other numbers when it has forgotten them, so that snapshots \
                  would show the wrong ones; use a directory of the filesystem beneath it"
@@ -251,6 +257,7 @@ impl Backing {
             paths: Mutex::new(LruCache::new(cached_paths())),
             places,
             keeps_atime,
+            fills_ends: !LEAVE_ENDS.contains(&magic),
             read_ahead_above: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             links: AtomicU64::new(0),
@@ -450,6 +457,11 @@ impl Backing {
     /// without the owner's bits shuts out of an own file.
     pub fn overrides_modes(&self) -> bool {
         self.places.is_none()
+    }
+
+    /// Whether the filesystem may fill the block in which a file ends with zeros when the file grows past it.
+    pub fn fills_ends(&self) -> bool {
+        self.fills_ends
     }
 
     /// Whether reading through an ordinary descriptor leaves access times alone.

@@ -68,6 +68,30 @@ impl Op<'_> {
         let Some(aim) = self.aim(object)? else {
             return Ok(());
         };
+        if self.engine.backing.fills_ends()
+            && let Some(end) = self.end_before(fd, range)?
+        {
+            self.keep_range(object, fd, aim, &end)?;
+        }
+        self.keep_range(object, fd, aim, range)
+    }
+
+    /// The rest of the block in which the file ends now, if the change comes behind that block: there are filesystems that
+    /// fill it with zeros when the file grows past it, and some snapshot may have a hole there, in which it did not end.
+    fn end_before(&self, fd: BorrowedFd<'_>, range: &Range) -> Result<Option<Range>> {
+        let block = BLOCK as u64;
+        let size = self.engine.backing.stat_but_times(fd)?.size;
+        let end = size.next_multiple_of(block);
+        Ok((size < end && end <= range.start).then(|| Range::new(size, end)))
+    }
+
+    fn keep_range(
+        &mut self,
+        object: &Object,
+        fd: BorrowedFd<'_>,
+        aim: Aim,
+        range: &Range,
+    ) -> Result<()> {
         let size = match self.attr_kept(object, aim)? {
             Known::Yes(size) => size,
             _ => self.append_attr(object, aim, fd)?,
