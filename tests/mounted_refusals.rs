@@ -264,6 +264,31 @@ fn a_copy_of_a_directory_with_its_store_is_refused() {
     }
 }
 
+/// The first stores do not say which directory they are of. It is noted at the next mount, or, on a full disk, later.
+#[test]
+fn a_store_that_does_not_say_whose_it_is() {
+    let mount = Mount::new("one-line", LIMIT);
+    fs::create_dir(mount.mnt.join(".snapshots/s")).unwrap();
+    mount.umount();
+    let hidden = mount.backing.join(".cowfs");
+    let (mark, new) = (hidden.join("store-id"), hidden.join(".tmp-store-id"));
+    let lines = || fs::read_to_string(&mark).unwrap().lines().count();
+    assert_eq!(lines(), 2);
+    let text = fs::read_to_string(&mark).unwrap();
+    fs::write(&mark, &text[..33]).unwrap();
+    // In the way of writing.
+    fs::create_dir(&new).unwrap();
+    for expected in [1, 2] {
+        mount.mount();
+        assert!(mount.mnt.join(".snapshots/s").is_dir());
+        mount.umount();
+        assert_eq!(lines(), expected);
+        let _ = fs::remove_dir(&new);
+    }
+    assert_eq!(fs::read_to_string(&mark).unwrap(), text);
+    mount.mount();
+}
+
 /// A snapshot of a subvolume has the same inode numbers as what it was made of, and not the same objects.
 #[test]
 fn a_btrfs_snapshot_of_a_directory_with_its_store_is_refused() {
@@ -354,6 +379,16 @@ fn limits_of_who_mounts_are_not_those_of_the_mount() {
     ));
     run(&mut shell, LIMIT).success("mount under a limit");
     large("a").unwrap();
+    // The keeper writes to the log when it is needed most.
+    fs::OpenOptions::new()
+        .append(true)
+        .open(&log)
+        .unwrap()
+        .set_len(4 << 20)
+        .unwrap();
+    mount.kill_server();
+    large("a").unwrap();
+    assert_eq!(mount.takeovers(), 1);
     // Where it cannot be raised.
     let server = mount.server().as_raw_nonzero().to_string();
     let mut prlimit = Command::new("prlimit");
@@ -364,7 +399,7 @@ fn limits_of_who_mounts_are_not_those_of_the_mount() {
     .success("prlimit");
     let refused = large("b").unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EFBIG), "{refused}");
-    assert_eq!(mount.takeovers(), 0);
+    assert_eq!(mount.takeovers(), 1);
 }
 
 /// Two mounts, of which one contains what the other has mounted, would change what the other keeps.
@@ -389,10 +424,25 @@ fn overlapping_sources_are_refused() {
         3,
         &["lies in it"],
     );
+    cowfs(&words(&["umount"], &[&inner])).success("umount");
+    // Whatever the mount table calls it, and though it is a mount point itself.
+    let named = ["mount", "-o", "fsname=another"];
+    cowfs(&words(&named, &[&mount.backing, &at])).success("mount");
+    refused(&words(&["mount"], &[&inner, &twin]), 3, &["lies in it"]);
+    cowfs(&words(&["umount"], &[&at])).success("umount");
+    let mut bind = Command::new("mount");
+    run(bind.arg("--bind").args([&inner, &inner]), LIMIT).success("mount --bind");
+    let inside = cowfs(&words(&["mount"], &[&inner, &twin]));
+    let around = cowfs(&words(&["mount"], &[&mount.backing, &at]));
+    for place in [&twin, &inner] {
+        // What is not mounted is told of below.
+        let _ = unmount(place, UnmountFlags::DETACH);
+    }
+    inside.success("mount of what is mounted on itself");
+    assert_eq!(around.status.code(), Some(3), "{}", around.stderr);
     // Another filesystem in it is not entered.
     let mut tmpfs = Command::new("mount");
     let other = mount.backing.join("other");
-    cowfs(&words(&["umount"], &[&inner])).success("umount");
     fs::create_dir(&other).unwrap();
     run(tmpfs.args(["-t", "tmpfs", "tmpfs"]).arg(&other), LIMIT).success("mount of a tmpfs");
     let within = other.join("within");
@@ -441,7 +491,10 @@ fn a_mount_over_what_starts_the_program() {
         echo new > /etc/cowfs-test
         server=$("$2" status --json /etc | sed 's/.*"pid": *\([0-9]*\).*/\1/;t;d' | head -n 1)
         kill -9 "$server"
-        sleep 1
+        for _ in $(seq 200); do
+            sleep 0.1
+            test -e /etc/.snapshots/s && break
+        done
         timeout 20 cat /etc/cowfs-test
         timeout 20 ls /etc/.snapshots
         timeout 20 stat --file-system --format=%t /etc

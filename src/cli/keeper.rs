@@ -117,6 +117,8 @@ pub(super) fn keep(
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(&config.source, flags, Mode::empty())
         .map_err(|errno| Error::path("cannot open", &config.source, errno))?;
+    // It writes to the log too.
+    crate::fuse::raise_limits();
     let ward = Ward::start()?;
     let mut keeper = Keeper {
         config,

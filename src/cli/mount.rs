@@ -312,24 +312,38 @@ fn with_parent(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-/// A mount that answers, of a directory that contains `source` or lies in it, with no other filesystem in between: one would
-/// change what the other keeps, behind its back.
+/// A mount of a directory that contains `source` or lies in it, with no other filesystem in between: one would change what the
+/// other keeps, behind its back.
 fn overlapping<'m>(source: &Path, mounts: &'m [MountEntry]) -> Option<&'m MountEntry> {
-    let apart = |outer: &Path, inner: &Path| {
-        mounts.iter().any(|between| {
-            let at = &between.mountpoint;
-            !between.is_cowfs() && at != outer && at.starts_with(outer) && inner.starts_with(at)
-        })
+    let plain = || mounts.iter().filter(|mount| !mount.is_cowfs());
+    let device_of = |place: &Path| {
+        let holds = plain().filter(|mount| place.starts_with(&mount.mountpoint));
+        let last = holds.max_by_key(|mount| mount.mountpoint.as_os_str().len());
+        last.map(|mount| &mount.device)
     };
-    mounts.iter().find(|mount| {
-        let other = Path::new(&mount.source);
-        let within = |outer: &Path, inner: &Path| inner.starts_with(outer) && !apart(outer, inner);
-        mount.is_cowfs()
-            && other != source
-            && (within(source, other) || within(other, source))
-            // One that does not is dead and holds nothing.
-            && control::status(&mount.mountpoint).is_ok()
-    })
+    // What lies in the one is of the other's filesystem; a bind mount in between is no other.
+    let within = |outer: &Path, inner: &Path| {
+        inner != outer && inner.starts_with(outer) && device_of(inner) == device_of(outer)
+    };
+    mounts
+        .iter()
+        .filter(|mount| mount.is_cowfs())
+        .find(|mount| match mounted_at(mount) {
+            Some(other) => within(source, &other) || within(&other, source),
+            None => false,
+        })
+}
+
+/// What a cowfs mount is of, which the mount table need not say (`fsname=`); nothing for one of a snapshot, or one that is dead
+/// and holds nothing.
+fn mounted_at(mount: &MountEntry) -> Option<PathBuf> {
+    match control::status(&mount.mountpoint) {
+        Ok(status) if status.snapshot.is_some() => None,
+        Ok(status) => Some(status.source.into()),
+        Err(_) if rustix::fs::stat(&mount.mountpoint).err() == Some(Errno::NOTCONN) => None,
+        // Somebody else's, who lets nobody in.
+        Err(_) => Some(PathBuf::from(&mount.source)),
+    }
 }
 
 fn check_source(path: &Path) -> Result<PathBuf> {

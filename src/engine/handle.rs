@@ -259,20 +259,24 @@ impl Engine {
         self.open_live_files(|live| live.writable)
     }
 
-    /// Whether a file of the live tree is open in such a way that the kernel may have bytes of it that cowfs has not: for
-    /// writing where it `holds_back` writes, and otherwise so that it can be mapped.
-    pub fn may_be_dirty(&self, node: NodeId, holds_back: bool) -> bool {
-        let is_it = |what: &OpenFile| match what {
-            OpenFile::Live(live) => {
-                self.nodes.live_id(live.object.ino()) == node
-                    && (live.mappable || holds_back && live.writable)
-            }
+    /// Whether the kernel may have bytes of an open file that cowfs has not: somebody has it open for writing, where the kernel
+    /// `holds_back` writes, or so that it can be mapped.
+    pub fn may_be_dirty(&self, file: &OpenFile, holds_back: bool) -> bool {
+        let OpenFile::Live(file) = file else {
+            return false;
+        };
+        let takes = |live: &LiveFile| live.mappable || holds_back && live.writable;
+        if takes(file) || file.object.opens.load(Ordering::SeqCst) <= 1 {
+            return takes(file);
+        }
+        let is_other = |what: &OpenFile| match what {
+            OpenFile::Live(live) => live.object.ino() == file.object.ino() && takes(live),
             OpenFile::At(_) => false,
         };
-        let shards = &self.handles.files;
-        shards
+        self.handles
+            .files
             .iter()
-            .any(|shard| shard.read().values().any(|file| is_it(&file.what)))
+            .any(|shard| shard.read().values().any(|open| is_other(&open.what)))
     }
 
     fn open_live_files(&self, wanted: impl Fn(&LiveFile) -> bool) -> Vec<NodeId> {

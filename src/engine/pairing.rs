@@ -7,7 +7,9 @@
 use super::backing::Backing;
 use crate::error::{Error, Result};
 use crate::store::{ObjectHandle, Store};
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// What stands in `.cowfs/store-id`: a line for the store, and one for the directory, which the first stores do not have.
@@ -71,6 +73,9 @@ impl Mark {
     }
 }
 
+/// What it is called until it is written, as `check` knows leftovers.
+const NEW: &str = ".tmp-store-id";
+
 fn path_of(hidden: &Path) -> PathBuf {
     hidden.join("store-id")
 }
@@ -131,7 +136,14 @@ pub fn pair(backing: &Backing, store: &Store, at: &Path) -> Result<()> {
     let path = path_of(&hidden);
     match Mark::read(&hidden)? {
         Some(old) if old.directory.is_some() => Ok(()),
-        _ => write_durably(&path, mark.text().as_bytes())
+        Some(_) => {
+            // It was good enough so far, and the disk may be full.
+            if let Err(error) = write_durably(&path, mark.text().as_bytes()) {
+                log::warn!("{}: not completed: {error}", path.display());
+            }
+            Ok(())
+        }
+        None => write_durably(&path, mark.text().as_bytes())
             .map_err(|e| Error::io("cannot write", &path, &e)),
     }
 }
@@ -139,11 +151,15 @@ pub fn pair(backing: &Backing, store: &Store, at: &Path) -> Result<()> {
 /// Writes a small file under a temporary name, syncs it, and gives it its name.
 fn write_durably(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    std::io::Write::write_all(&mut file, bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    std::fs::File::open(dir)?.sync_all()
+    let new = dir.join(NEW);
+    let mut file = File::create(&new)?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
+    if let Err(error) = written.and_then(|()| std::fs::rename(&new, path)) {
+        // Nothing is lost with it.
+        let _ = std::fs::remove_file(&new);
+        return Err(error);
+    }
+    File::open(dir)?.sync_all()
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ const FILES: u64 = 1 << 20;
 
 /// Raises what can be raised. How large a file may get is a matter of who writes to the mount, whose own limit the kernel
 /// applies; where the daemon's stays, a write past it fails with `EFBIG` and does not end the daemon.
-pub(super) fn raise() {
+pub fn raise() {
     let own = getrlimit(Resource::Nofile).maximum;
     raise_to(Resource::Nofile, own.map(|own| own.max(FILES)));
     raise_to(Resource::Fsize, None);

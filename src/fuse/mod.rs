@@ -27,6 +27,7 @@ mod writeback;
 
 pub use attach::{attach, check_may_mount, detach, device_of, remount};
 pub use kept::{Ended, HOLD, HOLD_WRITEBACK, Kept, hear};
+pub use limits::raise as raise_limits;
 pub use session::serve;
 
 use crate::config::Durability;
@@ -84,8 +85,10 @@ struct Adapter {
     resent: Resent,
     /// The processes that flush what the kernel holds back: their opens and syncs concern its pages alone.
     helpers: Vec<Arc<Numbers>>,
-    /// Writes back what a question about holes concerns; where the kernel holds writes back, in the middle of a cut too.
+    /// Writes back what a question about holes concerns, in the middle of a cut too.
     cleaner: Arc<FlushHelper>,
+    /// Questions about holes that wait for it, and nothing else: a cut's own writing back may wait for what `blocking` has to do.
+    seeking: Pool,
     /// Where the kernel holds writes back: what a cut makes wait.
     gate: Option<Arc<Gate>>,
 }
@@ -116,6 +119,7 @@ impl Adapter {
             resent: Resent::new(found),
             helpers,
             cleaner,
+            seeking: Pool::new("seeking", 2)?,
             gate,
         })
     }

@@ -610,12 +610,14 @@ impl Filesystem for Adapter {
         reply: ReplyLseek,
     ) {
         let _turn = self.reader.crew.turn();
-        if !self.engine.may_be_dirty(ino.0, self.gate.is_some()) {
+        let file = self.reader.file(fh);
+        let held = self.gate.is_some();
+        if !file.is_ok_and(|file| self.engine.may_be_dirty(&file, held)) {
             return self.reader.lseek(fh, offset, whence, reply);
         }
         // What the kernel has and cowfs has not may lie in what is a hole so far.
         let (cleaner, reader) = (self.cleaner.clone(), self.reader.clone());
-        self.blocking.run(move || match cleaner.clean(ino.0) {
+        self.seeking.run(move || match cleaner.clean(ino.0) {
             Ok(()) => reader.lseek(fh, offset, whence, reply),
             Err(error) => reply.error(errno(&error)),
         });

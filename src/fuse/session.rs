@@ -114,17 +114,15 @@ impl Server {
         // Before the signals can come, so that one during the mount still unmounts.
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
             .map_err(|e| Error::io("cannot listen for signals", &config.mountpoint, &e))?;
+        // Two: a question about holes does not wait for a cut, which may wait for who waits for the answer.
+        let helper = FlushHelper::start(&config.mountpoint)?;
         let cleaner = Arc::new(FlushHelper::start(&config.mountpoint)?);
-        let mut helpers = vec![cleaner.numbers()];
+        let helpers = vec![helper.numbers(), cleaner.numbers()];
         let gate = if config.cache == CacheMode::Writeback {
-            // In the middle of a cut both are needed.
-            let helper = FlushHelper::start(&config.mountpoint)?;
-            helpers.push(helper.numbers());
             let gate = Gate::new(engine.clone(), helper)?;
             engine.set_barrier(Some(gate.clone()));
             Some(gate)
         } else {
-            let helper = cleaner.clone();
             let flusher = Box::new(move |nodes: &[_]| helper.flush(nodes));
             engine.set_flusher(Some(flusher));
             None

@@ -18,34 +18,28 @@ const SPARSE: u64 = 4;
 const IDLE_TAIL: u64 = 64 << 10;
 
 impl Store {
-    /// Frees one segment; true if there may be more. What is left in segments is not worth an error: on a full disk there may be
-    /// no room to move it, and those who wait for space would wait for that.
+    /// Frees one segment; true if there may be more.
     pub(super) fn segment_step(&self, upkeep: &mut Upkeep) -> Result<bool> {
         if !upkeep.segments_due {
             return Ok(false);
         }
-        match self.free_sparse_segment(upkeep) {
-            Err(error) if error.is_full() => {
-                log::debug!("a segment is left as it is: {error}");
-                Ok(false)
-            }
-            Ok(more) => {
-                upkeep.segments_due = more;
-                Ok(more)
-            }
-            failed => failed,
-        }
-    }
-
-    /// As [`Self::segment_step`].
-    fn free_sparse_segment(&self, upkeep: &mut Upkeep) -> Result<bool> {
         self.layers.index.ensure_room(INDEX_ROOM)?;
         self.leave_idle_tail()?;
-        let Some(segment) = self.sparse_segment(self.space()?.free) else {
+        let sparse = self.sparse_segments();
+        if sparse.is_empty() {
+            upkeep.segments_due = false;
             return Ok(false);
-        };
-        self.free_segment(upkeep, segment)?;
-        Ok(true)
+        }
+        // What does not fit is looked at again in the next round.
+        let room = self.free()?;
+        let needs = |live: u64| live + self.journal.log_area() + INDEX_ROOM;
+        let fits = |known: &Known| known.usage.records == 0 || needs(known.usage.live) <= room;
+        // Those that are empty first: to move what is left in others takes room.
+        let found = sparse.iter().filter(|(_, known)| fits(known));
+        match found.min_by_key(|(_, known)| known.usage.records > 0) {
+            Some((segment, _)) => self.free_segment(upkeep, *segment),
+            None => Ok(false),
+        }
     }
 
     fn leave_idle_tail(&self) -> Result<()> {
@@ -71,39 +65,31 @@ impl Store {
         Ok(())
     }
 
-    /// A closed segment of which little is live, for which there is place if the disk has `room`. Never the last one: its
-    /// number tells how far the journal goes.
-    fn sparse_segment(&self, room: u64) -> Option<u32> {
+    /// The closed segments of which little is live. Never the last one: its number tells how far the journal goes.
+    fn sparse_segments(&self) -> Vec<(u32, Known)> {
         // Before the first append the journal ends where it ended at opening, and a segment that was made since has
         // nothing in it: the checkpoint is in the one before.
         let tail = self.journal.tail().map(|(number, _)| number);
-        let tail = Some(tail.unwrap_or_else(|| segment_of(self.journal.ended())));
+        let tail = tail.unwrap_or_else(|| segment_of(self.journal.ended()));
         // Nor one after the checkpoint: opening takes a gap there for a loss.
-        let tail = tail.map(|tail| {
-            self.journal
-                .oldest_unsealed()
-                .map_or(tail, |old| old.min(tail))
-        });
+        let tail = self
+            .journal
+            .oldest_unsealed()
+            .map_or(tail, |old| old.min(tail));
         let sparse = |known: &Known| {
             known.closed
                 && !known.damaged
                 && (known.usage.live * SPARSE < known.usage.used || known.usage.records == 0)
         };
-        let fits = |known: &Known| {
-            let takes = known.usage.live + self.journal.log_area() + INDEX_ROOM;
-            known.usage.records == 0 || takes <= room
-        };
         let known = self.journal.known.lock();
-        let sparse = known
-            .iter()
-            .filter(|(number, known)| sparse(known) && fits(known) && Some(**number) < tail);
-        // Those that are empty first: to move what is left in others takes room.
-        let found = sparse.min_by_key(|(_, known)| known.usage.records > 0);
-        found.map(|(number, _)| *number)
+        let all = known.iter().map(|(number, known)| (*number, *known));
+        all.filter(|(number, known)| sparse(known) && *number < tail)
+            .collect()
     }
 
-    /// Moves what is live in `segment`, and removes it.
-    fn free_segment(&self, upkeep: &mut Upkeep, segment: u32) -> Result<()> {
+    /// Moves what is live in `segment`, and removes it. False if there was no room for that: it is not worth an error, for
+    /// which those would wait who wait for space.
+    fn free_segment(&self, upkeep: &mut Upkeep, segment: u32) -> Result<bool> {
         // What its log speaks of is to be found in the index, not in memory.
         self.checkpoint_in(upkeep, false)?;
         let Some(log) = self.log_of(segment)? else {
@@ -113,11 +99,17 @@ impl Store {
                 .entry(segment)
                 .or_default()
                 .damaged = true;
-            return Ok(());
+            return Ok(true);
         };
         let mut moved = false;
         for (lsn, record) in &log.records {
-            moved |= self.move_record(*lsn, record)?;
+            match self.move_record(*lsn, record) {
+                Err(error) if error.is_full() => {
+                    log::debug!("segment {segment:x} is left as it is: {error}");
+                    return Ok(false);
+                }
+                done => moved |= done?,
+            }
         }
         if moved {
             self.checkpoint_in(upkeep, false)?;
@@ -133,7 +125,7 @@ impl Store {
         self.snapshots.rehome(&self.journal, segment)?;
         self.journal.remove(segment)?;
         log::debug!("segment {segment:x} freed");
-        Ok(())
+        Ok(true)
     }
 
     /// The log of a closed segment; `None` if it is damaged and the index may refer to what is not in it.

@@ -238,16 +238,25 @@ fn a_hole_in_which_the_live_file_ended_stays_one_on_btrfs() {
         byte: 7,
     };
     let disk = Disk::new(&["mkfs.btrfs", "-q"], "loop");
-    for between in [true, false] {
-        let mut steps = vec![
-            Op::Create { dir: 0, name: 0 },
-            truncate(1_493_888),
+    let create = Op::Create { dir: 0, name: 0 };
+    let end = truncate(1_156_522);
+    let (long, short) = (truncate(1_493_888), truncate(8135));
+    for changes in [
+        vec![long.clone(), Op::Snapshot, end.clone(), write.clone()],
+        vec![long, Op::Snapshot, short, Op::Snapshot, end, write],
+        // Within the block, and in a chunk in which the file did not end before.
+        vec![
+            truncate(3_000_000),
             Op::Snapshot,
-        ];
-        if between {
-            steps.extend([truncate(8135), Op::Snapshot]);
-        }
-        steps.extend([truncate(1_156_522), write.clone(), Op::Compare]);
+            truncate(100),
+            Op::Snapshot,
+            truncate(2_000_135),
+            truncate(2_000_190),
+        ],
+    ] {
+        let mut steps = vec![create.clone()];
+        steps.extend(changes);
+        steps.push(Op::Compare);
         run_steps(&disk.root(), &steps);
     }
 }

@@ -108,6 +108,49 @@ page(m, 2, 6)
 m.flush()
 c.equal([0, 0, 5, 0], values(c.at(s3, "new-name"), 4), "a mapped file under its new name")
 
+# Who asks for holes waits for no cut, which waits for pages of files that are being cut short.
+stop = os.path.join(c.work, "stop-seeking")
+count_r, count_w = os.pipe()
+
+
+def child(loop):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            while not os.path.exists(stop):
+                loop()
+            os.write(count_w, b"x")
+        finally:
+            os._exit(0)
+    return pid
+
+
+def seeker(name):
+    fd, _ = mapped(name, 256)
+    os.pwrite(fd, b"x", 500000)
+    return lambda: os.lseek(fd, 0, os.SEEK_DATA)
+
+
+def cutter(name):
+    fd, m = mapped(name, 1024)
+
+    def loop():
+        for k in range(1023):
+            page(m, k, k)
+        os.ftruncate(fd, 1023 * PAGE)
+        os.ftruncate(fd, 1024 * PAGE)
+    return loop
+
+
+pids = [child(seeker("seek%d" % k)) for k in range(16)] + [child(cutter("cut%d" % k)) for k in range(4)]
+for k in range(40):
+    c.snap()
+open(stop, "w").close()
+for pid in pids:
+    os.waitpid(pid, 0)
+os.close(count_w)
+c.equal(len(pids), len(os.read(count_r, 100)), "nobody who asked for holes, or cut files short, hung or failed")
+
 # Private mappings change nothing; a program can be run from the mount and from a snapshot.
 shutil.copy("/bin/true", os.path.join(c.work, "program"))
 s4 = c.snap()
