@@ -325,13 +325,14 @@ fn overlapping<'m>(source: &Path, mounts: &'m [MountEntry]) -> Option<&'m MountE
     let within = |outer: &Path, inner: &Path| {
         inner != outer && inner.starts_with(outer) && device_of(inner) == device_of(outer)
     };
-    mounts
-        .iter()
-        .filter(|mount| mount.is_cowfs())
-        .find(|mount| match mounted_at(mount) {
-            Some(other) => within(source, &other) || within(&other, source),
-            None => false,
-        })
+    let meets = |other: &Path| within(source, other) || within(other, source);
+    // Others are not asked: to ask makes a mount busy for a moment, for those who unmount it.
+    let may_meet = |mount: &&MountEntry| {
+        let named = Path::new(&mount.source);
+        mount.is_cowfs() && (named.is_relative() || meets(named))
+    };
+    let mut mounts = mounts.iter().filter(may_meet);
+    mounts.find(|mount| mounted_at(mount).is_some_and(|other| meets(&other)))
 }
 
 /// What a cowfs mount is of, which the mount table need not say (`fsname=`); nothing for one of a snapshot, or one that is dead

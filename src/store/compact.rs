@@ -1,7 +1,6 @@
 //! Segments that hold little or nothing any more: what is live is appended anew, then the file goes.
 
 use super::Store;
-use super::checkpoint::INDEX_ROOM;
 use super::journal::{Batch, Known};
 use super::key::{self, Piece, segment_of};
 use super::lookup::piece_range;
@@ -23,22 +22,22 @@ impl Store {
         if !upkeep.segments_due {
             return Ok(false);
         }
-        self.layers.index.ensure_room(INDEX_ROOM)?;
         self.leave_idle_tail()?;
-        let sparse = self.sparse_segments();
-        if sparse.is_empty() {
+        let Some(segment) = self.sparse_segment() else {
             upkeep.segments_due = false;
             return Ok(false);
-        }
-        // What does not fit is looked at again in the next round.
-        let room = self.free()?;
-        let needs = |live: u64| live + self.journal.log_area() + INDEX_ROOM;
-        let fits = |known: &Known| known.usage.records == 0 || needs(known.usage.live) <= room;
-        // Those that are empty first: to move what is left in others takes room.
-        let found = sparse.iter().filter(|(_, known)| fits(known));
-        match found.min_by_key(|(_, known)| known.usage.records > 0) {
-            Some((segment, _)) => self.free_segment(upkeep, *segment),
-            None => Ok(false),
+        };
+        match self.free_segment(upkeep, segment) {
+            // The caller had its chance to make room. To move what is left is not worth that others wait for it who wait
+            // for space; it is tried again.
+            Err(error) if error.is_full() && std::mem::take(&mut upkeep.no_room) => {
+                log::debug!("segment {segment:x} is left as it is: {error}");
+                Ok(false)
+            }
+            freed => {
+                upkeep.no_room = freed.as_ref().is_err_and(Error::is_full);
+                freed.map(|()| true)
+            }
         }
     }
 
@@ -65,31 +64,35 @@ impl Store {
         Ok(())
     }
 
-    /// The closed segments of which little is live. Never the last one: its number tells how far the journal goes.
-    fn sparse_segments(&self) -> Vec<(u32, Known)> {
+    /// A closed segment of which little is live. Never the last one: its number tells how far the journal
+    /// goes.
+    fn sparse_segment(&self) -> Option<u32> {
         // Before the first append the journal ends where it ended at opening, and a segment that was made since has
         // nothing in it: the checkpoint is in the one before.
         let tail = self.journal.tail().map(|(number, _)| number);
-        let tail = tail.unwrap_or_else(|| segment_of(self.journal.ended()));
+        let tail = Some(tail.unwrap_or_else(|| segment_of(self.journal.ended())));
         // Nor one after the checkpoint: opening takes a gap there for a loss.
-        let tail = self
-            .journal
-            .oldest_unsealed()
-            .map_or(tail, |old| old.min(tail));
+        let tail = tail.map(|tail| {
+            self.journal
+                .oldest_unsealed()
+                .map_or(tail, |old| old.min(tail))
+        });
         let sparse = |known: &Known| {
             known.closed
                 && !known.damaged
                 && (known.usage.live * SPARSE < known.usage.used || known.usage.records == 0)
         };
         let known = self.journal.known.lock();
-        let all = known.iter().map(|(number, known)| (*number, *known));
-        all.filter(|(number, known)| sparse(known) && *number < tail)
-            .collect()
+        let sparse = known
+            .iter()
+            .filter(|(number, known)| sparse(known) && Some(**number) < tail);
+        // Those that are empty first: to move what is left in others takes room.
+        let found = sparse.min_by_key(|(_, known)| known.usage.records > 0);
+        found.map(|(number, _)| *number)
     }
 
-    /// Moves what is live in `segment`, and removes it. False if there was no room for that: it is not worth an error, for
-    /// which those would wait who wait for space.
-    fn free_segment(&self, upkeep: &mut Upkeep, segment: u32) -> Result<bool> {
+    /// Moves what is live in `segment`, and removes it.
+    fn free_segment(&self, upkeep: &mut Upkeep, segment: u32) -> Result<()> {
         // What its log speaks of is to be found in the index, not in memory.
         self.checkpoint_in(upkeep, false)?;
         let Some(log) = self.log_of(segment)? else {
@@ -99,17 +102,11 @@ impl Store {
                 .entry(segment)
                 .or_default()
                 .damaged = true;
-            return Ok(true);
+            return Ok(());
         };
         let mut moved = false;
         for (lsn, record) in &log.records {
-            match self.move_record(*lsn, record) {
-                Err(error) if error.is_full() => {
-                    log::debug!("segment {segment:x} is left as it is: {error}");
-                    return Ok(false);
-                }
-                done => moved |= done?,
-            }
+            moved |= self.move_record(*lsn, record)?;
         }
         if moved {
             self.checkpoint_in(upkeep, false)?;
@@ -125,7 +122,7 @@ impl Store {
         self.snapshots.rehome(&self.journal, segment)?;
         self.journal.remove(segment)?;
         log::debug!("segment {segment:x} freed");
-        Ok(true)
+        Ok(())
     }
 
     /// The log of a closed segment; `None` if it is damaged and the index may refer to what is not in it.

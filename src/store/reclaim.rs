@@ -37,6 +37,8 @@ pub(super) struct Upkeep {
     pub(super) segments_due: bool,
     /// Invalid snapshots whose space has been freed by this process; a second walk would find nothing.
     emptied: BTreeSet<Epoch>,
+    /// There was no room to move what is left in a segment, the last time.
+    pub(super) no_room: bool,
     /// What the index says of itself, and the version of its table.
     pub(super) written: Option<(IndexState, u64)>,
 }
@@ -49,6 +51,7 @@ impl Upkeep {
             uncounted,
             segments_due: true,
             emptied: BTreeSet::new(),
+            no_room: false,
             written: None,
         }
     }
@@ -110,14 +113,14 @@ impl Store {
             self.count_step(&mut upkeep)?;
             return Ok(true);
         }
-        *self.opened.noted.lock() = None;
-        if upkeep.job.is_some() {
+        if upkeep.job.is_some() || upkeep.segments_due {
             self.layers.index.ensure_room(INDEX_ROOM)?;
-        } else {
+        }
+        *self.opened.noted.lock() = None;
+        if upkeep.job.is_none() {
             let Some(job) = self.next_job(&upkeep) else {
                 return self.segment_step(&mut upkeep);
             };
-            self.layers.index.ensure_room(INDEX_ROOM)?;
             // From here on everything that the walk may have to remove is in the index and not in memory.
             self.checkpoint_in(&mut upkeep, false)?;
             upkeep.job = Some(job);

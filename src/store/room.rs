@@ -41,13 +41,6 @@ impl Store {
         })
     }
 
-    /// Free bytes on the filesystem of the store.
-    pub(super) fn free(&self) -> Result<u64> {
-        let disk = rustix::fs::statvfs(&self.dir)
-            .map_err(|errno| Error::path("cannot ask for free space", &self.dir, errno))?;
-        Ok(crate::sys::free_bytes(&disk))
-    }
-
     /// Makes the segment that the next append may need, so that it need not be made on a full disk.
     ///
     /// # Errors
