@@ -76,7 +76,8 @@ impl Op<'_> {
         self.keep_range(object, fd, aim, range)
     }
 
-    /// The rest of the block in which the file ends now, if the change comes behind its end: there are filesystems that fill it with zeros when the file grows past it, and some snapshot may have a hole there, in which it did not end.
+    /// The rest of the block in which the file ends now, if the change comes behind its end: there are filesystems that fill
+    /// it with zeros when the file grows past it, and some snapshot may have a hole there, in which it did not end (C5).
     fn end_before(&self, fd: BorrowedFd<'_>, range: &Range) -> Result<Option<Range>> {
         let block = BLOCK as u64;
         let size = self.engine.backing.stat_but_times(fd)?.size;
