@@ -82,7 +82,7 @@ pub(super) fn on_full(value: &[u8]) -> Result<OnFull> {
         b"enospc" => Ok(OnFull::Enospc),
         _ => Err(Error::Usage(format!(
             "invalid on-full {:?}; choose drop, invalidate or enospc",
-            super::lossy(value)
+            super::parse::lossy(value)
         ))),
     }
 }
@@ -93,7 +93,7 @@ pub(super) fn limit(value: &[u8]) -> Result<u64> {
         .ok_or_else(|| {
             Error::Usage(format!(
                 "invalid store-limit {:?}; give a size of at least 32M, as in 500M, 20G or 1T",
-                super::lossy(value)
+                super::parse::lossy(value)
             ))
         })
 }
@@ -110,7 +110,7 @@ pub(super) fn reserve(value: &[u8]) -> Result<Reserve> {
     parsed.ok_or_else(|| {
         Error::Usage(format!(
             "invalid store-reserve {:?}; give a size, as in 500M or 20G, or a part of the disk below 100%, as in 5%",
-            super::lossy(value)
+            super::parse::lossy(value)
         ))
     })
 }
