@@ -3,6 +3,7 @@ import glob, os, pwd, re, shutil, subprocess, time
 
 import sides as mounts
 from sides import Failure, run
+from speed import in_turn
 
 CONFIG = """listen_addresses = ''
 unix_socket_directories = '%s'
@@ -105,8 +106,7 @@ def pgbench(bench):
             servers[-1].create(scale)
         for number in range(rounds):
             bench.say("pgbench, round %d" % (number + 1))
-            shift = number % len(servers)
-            for server in servers[shift:] + servers[:shift]:
+            for server in in_turn(servers, number, rounds):
                 slice_of(bench, server, seconds)
     finally:
         for server in servers:
