@@ -124,6 +124,17 @@ impl Error {
         )
     }
 
+    /// The same error, with what is below `used` named as the user knows it, below `known`.
+    #[must_use]
+    pub fn named(mut self, used: &Path, known: &Path) -> Self {
+        if let Self::Path { path, .. } | Self::Store { path, .. } = &mut self
+            && let Ok(rest) = path.strip_prefix(used)
+        {
+            *path = known.join(rest);
+        }
+        self
+    }
+
     /// Whether there was no room for something: a full disk, or a quota.
     #[must_use]
     pub fn is_full(&self) -> bool {

@@ -164,6 +164,29 @@ fn a_store_of_another_format_is_refused_and_left_alone() {
     assert!(mount.snapshot_path("before").is_dir());
 }
 
+/// The store is opened through a descriptor, whose path says nothing to whoever reads the message.
+#[test]
+fn what_is_wrong_with_a_store_is_named_by_the_directory() {
+    let mount = Mount::new("named", LIMIT);
+    mount.snapshot("before");
+    mount.umount();
+    let hidden = mount.backing.join(".cowfs");
+    for (file, code) in [("store-id", 6), ("store/format", 6), ("store/journal", 1)] {
+        let (at, away) = (hidden.join(file), hidden.join("away"));
+        fs::rename(&at, &away).unwrap();
+        fs::write(&at, "not this").unwrap();
+        for command in ["mount", "check"] {
+            let paths: [&Path; 2] = [&mount.backing, &mount.mnt];
+            let paths = &paths[..if command == "mount" { 2 } else { 1 }];
+            refused(&words(&[command], paths), code, &[at.to_str().unwrap()]);
+        }
+        fs::remove_file(&at).unwrap();
+        fs::rename(&away, &at).unwrap();
+    }
+    mount.mount();
+    assert!(mount.snapshot_path("before").is_dir());
+}
+
 #[test]
 fn a_store_open_to_others_is_refused() {
     let mount = Mount::new("open", LIMIT);

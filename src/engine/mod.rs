@@ -190,10 +190,11 @@ impl Engine {
             boot: Some(options.tuning.boot.map_or_else(store::boot_id, Ok)?),
             ..options.tuning
         };
-        let store = match options.media {
-            Some(media) => Store::open_with(&store_path, tuning, media)?,
-            None => Store::open(&store_path, tuning)?,
+        let opened = match options.media {
+            Some(media) => Store::open_with(&store_path, tuning, media),
+            None => Store::open(&store_path, tuning),
         };
+        let store = opened.map_err(|error| backing.named(error))?;
         pairing::pair(&backing, &store, &shown)?;
         let root = backing.root_entry().ino;
         if root.0 >= nodes::INO_MAX {

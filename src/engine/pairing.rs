@@ -98,7 +98,7 @@ const ELSEWHERE: &str = "is not the store of this directory, whose snapshots are
 /// # Errors
 /// [`Error::Store`].
 pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
-    match Mark::read(&backing.hidden_path())? {
+    match Mark::read(&backing.hidden_path()).map_err(|error| backing.named(error))? {
         None => Ok(()),
         Some(mark) if !mark.is_of(backing)? => Err(refusal(shown, OF_ANOTHER)),
         Some(_) if !Store::is_at(store) => Err(refusal(shown, ELSEWHERE)),
@@ -127,6 +127,10 @@ pub fn check_store(hidden: &Path, store: &Store, at: &Path) -> Result<()> {
 /// # Errors
 /// As [`check_store`], and those of writing.
 pub fn pair(backing: &Backing, store: &Store, at: &Path) -> Result<()> {
+    pair_in(backing, store, at).map_err(|error| backing.named(error))
+}
+
+fn pair_in(backing: &Backing, store: &Store, at: &Path) -> Result<()> {
     let hidden = backing.hidden_path();
     check_store(&hidden, store, at)?;
     let mark = Mark {
@@ -139,7 +143,10 @@ pub fn pair(backing: &Backing, store: &Store, at: &Path) -> Result<()> {
         Some(_) => {
             // It was good enough so far, and the disk may be full.
             if let Err(error) = write_durably(&path, mark.text().as_bytes()) {
-                log::warn!("{}: not completed: {error}", path.display());
+                log::warn!(
+                    "{}: that it is of this directory cannot be noted: {error}",
+                    at.display()
+                );
             }
             Ok(())
         }

@@ -64,7 +64,7 @@ impl Store {
         for number in self.journal.add_counted(&counted) {
             upkeep.sweep = true;
             let what = missing(number);
-            log::error!("{}: {what}", self.dir.display());
+            log::error!("the store is damaged: {what}");
             self.damage.lock().push(what);
         }
         upkeep.uncounted = Uncounted(last.as_deref().map(after));

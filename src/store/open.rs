@@ -90,10 +90,7 @@ impl Store {
         };
         let mut found = find_index(dir, &options, uuid)?;
         if found.husk {
-            log::info!(
-                "{}: the index holds nothing any more and is made anew",
-                dir.display()
-            );
+            log::info!("the index holds nothing any more and is made anew");
             drop(found);
             found = fresh_index(dir, &options)?;
         }
@@ -157,10 +154,7 @@ fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
         // Nothing is wrong with the index, which may have what the journal has lost.
         Err(error) if error.is_lack() => Err(error),
         Err(error) => {
-            log::warn!(
-                "{}: {error}; it is being rebuilt from the journal",
-                path.display()
-            );
+            log::warn!("the index cannot be used ({error}) and is being rebuilt from the journal");
             let distrust = Some(error.to_string());
             Ok(Found {
                 distrust,
@@ -452,7 +446,7 @@ impl Recovery {
         self.redo(&store, &upkeep.uncounted)?;
         self.damage
             .iter()
-            .for_each(|damage| log::error!("{}: {damage}", store.dir.display()));
+            .for_each(|damage| log::error!("the store is damaged: {damage}"));
         *store.damage.lock() = self.damage;
         // From here on the index is not marked as closed in order, and a rebuilt one is finished.
         store.checkpoint_in(&mut upkeep, false)?;

@@ -27,7 +27,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::{Resource, getrlimit};
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Name of the hidden directory in the root of the backing directory.
@@ -293,6 +294,15 @@ impl Backing {
     /// The hidden directory's path through its descriptor, for the store beneath it.
     pub fn hidden_path(&self) -> PathBuf {
         sys::fd_path(&self.hidden)
+    }
+
+    /// An error of something beneath [`Self::hidden_path`], named by the path of the directory: that of a descriptor
+    /// means nothing to whoever reads the message (C12).
+    pub fn named(&self, error: Error) -> Error {
+        error.named(
+            &self.hidden_path(),
+            &self.path.join(OsStr::from_bytes(HIDDEN)),
+        )
     }
 
     /// The handle of the hidden directory.
