@@ -3,6 +3,7 @@
 //! behind by a daemon that was killed.
 
 use crate::error::{Error, Result};
+use crate::sync::channel;
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,7 @@ use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// On the root directory of a mount: a [`Status`] as JSON.
 pub const STATUS_XATTR: &str = "user.cowfs.status";
@@ -24,6 +26,9 @@ const MOUNT_XATTR: &str = "user.cowfs.mount.";
 pub const CHECK_XATTR: &str = "user.cowfs.check";
 /// The type that the mount table shows.
 pub const FS_TYPE: &str = "fuse.cowfs";
+
+/// How long a daemon may take to say who it is.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// The largest value that an extended attribute can have.
 pub const XATTR_MAX: usize = 65536;
@@ -321,6 +326,18 @@ pub fn status(root: &Path) -> Result<Status> {
     Ok(status)
 }
 
+/// As [`status`], but a daemon that hangs does not make the caller hang: `None` if it has not answered after [`ANSWER`].
+#[must_use]
+pub fn status_in_time(root: &Path) -> Option<Result<Status>> {
+    let (answer, asked) = channel::bounded(1);
+    let root = root.to_path_buf();
+    std::thread::spawn(move || {
+        // Nobody listens any more if it took too long.
+        let _ = answer.send(status(&root));
+    });
+    asked.recv_timeout(ANSWER).ok()
+}
+
 /// Asks for the status of the snapshot whose root is `path` (`<mount>/<snapshot-dir>/<name>`).
 pub fn snapshot_status(path: &Path) -> Result<SnapshotStatus> {
     query(path, SNAPSHOT_XATTR)
@@ -364,8 +381,12 @@ pub fn find_live(path: &Path) -> Result<Option<(PathBuf, Status)>> {
     // Unless it was given another name, the mount table says which it is: no need to ask the others.
     whole.sort_by_key(|mount| mount.source != source);
     for mount in whole {
-        // One that does not answer is dead.
-        if let Ok(status) = status(&mount.mountpoint)
+        let answer = match mount.source == source {
+            true => Some(status(&mount.mountpoint)),
+            false => status_in_time(&mount.mountpoint),
+        };
+        // One that does not answer is dead, or another's that hangs.
+        if let Some(Ok(status)) = answer
             && status.snapshot.is_none()
             && status.source == source.to_string_lossy()
         {

@@ -335,10 +335,10 @@ fn overlapping<'m>(source: &Path, mounts: &'m [MountEntry]) -> Option<&'m MountE
     mounts.find(|mount| mounted_at(mount).is_some_and(|other| meets(&other)))
 }
 
-/// What a cowfs mount is of, which the mount table need not say (`fsname=`); nothing for one of a snapshot, or one that is dead
-/// and holds nothing.
+/// What a cowfs mount is of, which the mount table need not say (`fsname=`); nothing for one of a snapshot, one that is dead
+/// and holds nothing, or one that hangs and cannot say.
 fn mounted_at(mount: &MountEntry) -> Option<PathBuf> {
-    match control::status(&mount.mountpoint) {
+    match control::status_in_time(&mount.mountpoint)? {
         Ok(status) if status.snapshot.is_some() => None,
         Ok(status) => Some(status.source.into()),
         Err(_) if rustix::fs::stat(&mount.mountpoint).err() == Some(Errno::NOTCONN) => None,

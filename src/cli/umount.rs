@@ -3,7 +3,6 @@
 use crate::config::CacheMode;
 use crate::control::{self, MountEntry, SnapshotMount, Status};
 use crate::error::{Error, Result};
-use crate::sync::channel;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use std::path::{Path, PathBuf};
@@ -14,8 +13,6 @@ use std::time::{Duration, Instant};
 const FINISH: Duration = Duration::from_secs(30);
 /// How long the end of a snapshot's mount may take to reach the daemon.
 const SETTLE: Duration = Duration::from_secs(2);
-/// How long a daemon may take to say who it is.
-const ANSWER: Duration = Duration::from_secs(5);
 /// How long a mount may be busy with what is just being closed, and how often that is tried.
 const CLOSING: Duration = Duration::from_secs(1);
 /// The same where the kernel holds writes back: the flush helper may just be writing a large file back.
@@ -85,7 +82,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
 pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let place = locate(path)?;
     let mount = top_mount(path, &place)?;
-    let status = if lazy { None } else { ask(&place) };
+    let status = match lazy {
+        true => None,
+        // A daemon that hangs must not keep the command from unmounting.
+        false => control::status_in_time(&place).and_then(Result::ok),
+    };
     let daemon = match &status {
         // The daemon goes on: it is that of the live mount.
         Some(status) if status.snapshot.is_some() => None,
@@ -224,18 +225,6 @@ fn check_snapshot_mounts(place: &Path, status: &Status) -> Result<()> {
             mounts.join(", ")
         ),
     })
-}
-
-/// The status of a mount that answers in time.
-fn ask(place: &Path) -> Option<Status> {
-    let (answer, asked) = channel::bounded(1);
-    let place = place.to_path_buf();
-    // In a thread of its own: a daemon that hangs must not keep the command from unmounting.
-    std::thread::spawn(move || {
-        // Nobody listens any more if it took too long.
-        let _ = answer.send(control::status(&place).ok());
-    });
-    asked.recv_timeout(ANSWER).ok().flatten()
 }
 
 /// Detaches, and gives those `patience` who are just closing their last file: the flush helper among them, after a cut or

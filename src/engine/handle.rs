@@ -5,7 +5,7 @@ use super::behind::Written;
 use super::dir::{LiveDir, MemberDir};
 use super::inventory::{Inventory, KnownHandle, Slot};
 use super::nodes::{Node, NodeId, ObjectRef, folder_node, live_node};
-use super::object::Member;
+use super::object::{Member, Object};
 use super::passed::Passed;
 use super::view::OpenSnapshot;
 use crate::error::{Error, Result};
@@ -269,14 +269,30 @@ impl Engine {
         if takes(file) || file.object.opens.load(Ordering::SeqCst) <= 1 {
             return takes(file);
         }
-        let is_other = |what: &OpenFile| match what {
-            OpenFile::Live(live) => live.object.ino() == file.object.ino() && takes(live),
+        self.is_open(&file.object, takes)
+    }
+
+    /// Whether a file may be mapped shared and writable ([`Self::shared_writable`]).
+    pub fn may_be_mapped(&self, node: &Node) -> bool {
+        match node {
+            Node::Live(object) => {
+                object.opens.load(Ordering::SeqCst) > 0
+                    && self.is_open(object, |live| live.mappable)
+            }
+            Node::At(_) | Node::Folder(_) => false,
+        }
+    }
+
+    /// Whether an object is open through the live mount as it is `wanted`.
+    fn is_open(&self, object: &Object, wanted: impl Fn(&LiveFile) -> bool) -> bool {
+        let is_it = |what: &OpenFile| match what {
+            OpenFile::Live(live) => live.object.ino() == object.ino() && wanted(live),
             OpenFile::At(_) => false,
         };
         self.handles
             .files
             .iter()
-            .any(|shard| shard.read().values().any(|open| is_other(&open.what)))
+            .any(|shard| shard.read().values().any(|open| is_it(&open.what)))
     }
 
     fn open_live_files(&self, wanted: impl Fn(&LiveFile) -> bool) -> Vec<NodeId> {

@@ -200,7 +200,7 @@ impl Engine {
         if root.0 >= nodes::INO_MAX {
             return Err(Error::Source {
                 path: source.into(),
-                why: "has an inode number above 2⁶¹".into(),
+                why: "has an inode number of 2⁵⁹ or more".into(),
             });
         }
         session::begin(&store)?;

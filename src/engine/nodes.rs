@@ -15,42 +15,50 @@ use crate::store::EntryImage;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 use rustix::io::Errno;
 use std::collections::HashMap;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// A node number: what the kernel calls an inode of the mount, and what `st_ino` shows.
 pub type NodeId = u64;
 
 /// The root of the live tree (`FUSE_ROOT_ID`).
 pub const ROOT_NODE: NodeId = 1;
-const SNAPSHOT_BIT: u64 = 1 << 63;
-const FOLDER_BIT: u64 = 1 << 62;
-/// Inode numbers of the backing filesystem from here on cannot be told from the numbers of cowfs.
-pub const INO_MAX: u64 = 1 << 61;
-/// Inode numbers below this and snapshots below [`EPOCH_LIMIT`] are packed side by side.
-const INO_LIMIT: u64 = 1 << 40;
-const EPOCH_LIMIT: u64 = 1 << 21;
+/// No number has bit 63: databases and languages take numbers for signed.
+const SNAPSHOT_BIT: u64 = 1 << 62;
+const FOLDER_BIT: u64 = 1 << 61;
 /// Marks a snapshot node whose parts do not fit and were mixed instead.
-const MIXED_BIT: u64 = 1 << 61;
+const MIXED_BIT: u64 = 1 << 60;
+/// Marks a live object that would have the number of a snapshot node.
+const ASIDE_BIT: u64 = 1 << 59;
+/// Inode numbers of the backing filesystem from here on cannot be told from the numbers of cowfs.
+pub const INO_MAX: u64 = ASIDE_BIT;
+/// How the numbers of a snapshot and an inode stand side by side: the bit that marks it, and the bits of the inode number
+/// and of the snapshot's below that. The first that has room for both is taken. The first two stay below 2⁵³, as long as a
+/// double has every number: JavaScript knows no other, and would take files for links of each other that are not.
+const PACKED: [(u64, u32, u32); 3] = [(1 << 52, 32, 20), (1 << 51, 40, 11), (SNAPSHOT_BIT, 40, 20)];
+/// What the first two take.
+const SMALL: Range<u64> = 1 << 51..1 << 53;
 
 /// The node of a live object. The root has the number FUSE gives it; an object with that inode number of its
-/// own (possible on no filesystem that cowfs knows) steps aside.
+/// own, or that of a snapshot node (possible on no filesystem that cowfs knows), steps aside.
 pub fn live_node(ino: Ino, root: Ino) -> NodeId {
     if ino == root {
         ROOT_NODE
     } else if ino.0 == ROOT_NODE {
         FOLDER_BIT - 1
+    } else if SMALL.contains(&ino.0) {
+        ASIDE_BIT | ino.0
     } else {
         ino.0
     }
 }
 
-/// The node of an object in snapshot `k`: both numbers side by side where they fit (inode numbers below
-/// 2⁴⁰, two million snapshots), mixed to 61 bits beyond.
+/// The node of an object in snapshot `k`: both numbers side by side where they fit ([`PACKED`]), mixed to 60 bits beyond.
 pub fn snapshot_node(k: Epoch, ino: Ino) -> NodeId {
-    if ino.0 < INO_LIMIT && k.0 < EPOCH_LIMIT {
-        return SNAPSHOT_BIT | k.0 << 40 | ino.0;
+    let fits = |&&(_, inos, epochs): &&(u64, u32, u32)| ino.0 >> inos == 0 && k.0 >> epochs == 0;
+    match PACKED.iter().find(fits) {
+        Some((mark, inos, _)) => mark | k.0 << inos | ino.0,
+        None => SNAPSHOT_BIT | MIXED_BIT | (mixed(k, ino) & (MIXED_BIT - 1)),
     }
-    SNAPSHOT_BIT | MIXED_BIT | (mixed(k, ino) & (MIXED_BIT - 1))
 }
 
 /// The node of an object in snapshot `k` that is reached through the snapshot folder of the directory `through`, which is
@@ -466,4 +474,40 @@ fn take(shard: &mut HashMap<NodeId, Slot>, node: NodeId) -> Option<Slot> {
         shard.shrink_to(shard.len() * 2);
     }
     slot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    /// Two things never have one number, no number is negative, and those of snapshots stay exact as doubles while they can.
+    #[test]
+    fn numbers_are_of_one_thing_each() {
+        let edges = [1, 20, 31, 32, 33, 39, 40, 41, 50, 51, 52, 53, 58];
+        let numbers = edges.iter().flat_map(|bit| {
+            let bit = 1_u64 << bit;
+            [bit - 1, bit, bit + 1]
+        });
+        let inos: Vec<Ino> = numbers.chain([2, 3, INO_MAX - 1]).map(Ino).collect();
+        let inos: HashSet<Ino> = inos.into_iter().filter(|ino| ino.0 > 0).collect();
+        let root = Ino(2);
+        let epochs = [1, 2, 2047, 2048, (1 << 20) - 1, 1 << 20, 1 << 30].map(Epoch);
+        let mut seen = HashSet::new();
+        let mut one = |node: NodeId, what: &str| {
+            assert!(node >> 63 == 0, "{what}: {node:#x}");
+            assert!(seen.insert(node), "{what}: {node:#x}");
+        };
+        for ino in &inos {
+            one(live_node(*ino, root), "live");
+            one(folder_node(live_node(*ino, root)), "folder");
+            for k in epochs {
+                one(snapshot_node(k, *ino), "in a snapshot");
+                one(node_through(root, k, *ino), "through");
+                one(lost_node(k, *ino), "lost");
+                let small = ino.0 < 1 << 32 && k.0 < 1 << 20 || ino.0 < 1 << 40 && k.0 < 1 << 11;
+                assert_eq!(snapshot_node(k, *ino) < 1 << 53, small, "{k:?} {ino:?}");
+            }
+        }
+    }
 }

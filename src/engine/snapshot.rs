@@ -117,7 +117,8 @@ fn bare_directory(time: Timestamp) -> AttrImage {
         mode: libc::S_IFDIR | 0o755,
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
-        nlink: 2,
+        // Not told, as on btrfs: 2 would mean that there are no directories in it, and fts(3) would not look.
+        nlink: 1,
         blksize: 4096,
         atime: time,
         mtime: time,

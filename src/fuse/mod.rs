@@ -85,10 +85,10 @@ struct Adapter {
     resent: Resent,
     /// The processes that flush what the kernel holds back: their opens and syncs concern its pages alone.
     helpers: Vec<Arc<Numbers>>,
-    /// Writes back what a question about holes concerns, in the middle of a cut too.
+    /// Writes back what a question about holes concerns, or a time that somebody sets, in the middle of a cut too.
     cleaner: Arc<FlushHelper>,
-    /// Questions about holes that wait for it, and nothing else: a cut's own writing back may wait for what `blocking` has to do.
-    seeking: Pool,
+    /// What waits for it, and nothing else: a cut's own writing back may wait for what `blocking` has to do.
+    cleaning: Pool,
     /// Where the kernel holds writes back: what a cut makes wait.
     gate: Option<Arc<Gate>>,
 }
@@ -119,7 +119,7 @@ impl Adapter {
             resent: Resent::new(found),
             helpers,
             cleaner,
-            seeking: Pool::new("seeking", 2)?,
+            cleaning: Pool::new("cleaning", 2)?,
             gate,
         })
     }

@@ -139,6 +139,13 @@ impl Filesystem for Adapter {
             let ctime = ctime.map_or(mtime, timestamp);
             return self.kernel_time(gate, file.clone(), (mtime, ctime), reply);
         }
+        // What is stored through a mapping and comes later would set the time anew.
+        let comes_later = self.gate.is_none()
+            && size.is_none()
+            && matches!(set.mtime, Some(SetTime::At(_)))
+            && node
+                .as_ref()
+                .is_ok_and(|node| self.engine.may_be_mapped(node));
         let gate = self.gate.clone().filter(|_| times_alone);
         let change = move || {
             let done = node.and_then(|node| engine.setattr(&node, &set, file.as_deref(), caller));
@@ -148,6 +155,15 @@ impl Filesystem for Adapter {
             }
             answer!(reply, done, attr => reply.attr(&ttl, &file_attr(&attr, attr.shown)));
         };
+        if comes_later {
+            let cleaner = self.cleaner.clone();
+            return self.cleaning.run(move || {
+                if let Err(error) = cleaner.clean(ino.0) {
+                    log::warn!("a file that is mapped may not keep the time that is set: {error}");
+                }
+                change();
+            });
+        }
         let Some(gate) = &self.gate else {
             // Cutting a file short may have to keep much of it.
             return match size {
@@ -617,7 +633,7 @@ impl Filesystem for Adapter {
         }
         // What the kernel has and cowfs has not may lie in what is a hole so far.
         let (cleaner, reader) = (self.cleaner.clone(), self.reader.clone());
-        self.seeking.run(move || match cleaner.clean(ino.0) {
+        self.cleaning.run(move || match cleaner.clean(ino.0) {
             Ok(()) => reader.lseek(fh, offset, whence, reply),
             Err(error) => reply.error(errno(&error)),
         });

@@ -37,6 +37,8 @@ live2 = numbers(c.work)
 for what, a, b in (("snapshot 1 and the live tree", n1, live2), ("snapshot 2 and the live tree", n2, live2), ("snapshot 1 and snapshot 2", n1, n2)):
     c.ok(not set(a.values()) & set(b.values()), "%s share no number" % what)
 c.equal(n1["d0/f0"], n1["d1/hard"], "two names of one file have one number in a snapshot")
+c.ok(max(v[1] for n in (n1, n2) for v in n.values()) < 2 ** 53, "numbers of snapshots are exact as doubles")
+c.equal(1, os.stat(os.path.join(c.work, ".snapshots")).st_nlink, "links of .snapshots: it is not told how many directories it has")
 gone = {live["d2/f%d" % k] for k in range(20)}
 c.ok(not gone & set(live2.values()), "a number that a snapshot's object had is not given to another")
 

@@ -49,6 +49,20 @@ for s, generation in taken:
     for k in range(FILES):
         c.equal([generation] * PAGES, values(c.at(s, "m%d" % k), PAGES), "snapshot %s is unchanged later (file %d)" % (s, k))
 
+# A time that somebody sets stays, though what was stored before it has yet to be written back.
+path = os.path.join(c.work, "stamped")
+for seconds in (5, 10 ** 9):
+    fd, m = mapped("stamped", 8)
+    for k in range(8):
+        page(m, k, seconds)
+    os.utime(path, (seconds, seconds))
+    m.close()
+    os.close(fd)
+    c.equal(seconds, os.stat(path).st_mtime, "the time that was set")
+    s = c.snap()
+    c.equal(seconds, os.stat(c.at(s, "stamped")).st_mtime, "the time that was set, in the snapshot")
+    c.equal([seconds] * 8, values(c.at(s, "stamped"), 8), "what was stored")
+
 # Where somebody has stored there is data for who looks for it (cp(1), tar -S), before the kernel has written it back.
 fd, sparse = mapped("sparse", 256)
 other = os.open(os.path.join(c.work, "sparse"), os.O_RDONLY)
