@@ -71,6 +71,7 @@ fn retained(ino: u64) -> Retained {
         birth: Epoch(0),
         removed: Epoch(SNAPSHOTS),
         origin: None,
+        whiteout: false,
     }
 }
 

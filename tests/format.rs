@@ -76,6 +76,7 @@ fn retained(ino: u64, origin: bool) -> Retained {
         birth: Epoch(0),
         removed: Epoch(1),
         origin: origin.then(|| (Ino(1), handle(), b"old".to_vec())),
+        whiteout: false,
     }
 }
 

@@ -226,7 +226,7 @@ fn change(engine: &Engine, rng: &mut SmallRng) -> Result<()> {
         3 => engine.remove(&dir, &name, rng.random()),
         4 | 5 => {
             let flags = [RenameFlags::empty(), RenameFlags::EXCHANGE][rng.random_range(0..2)];
-            engine.rename((&dir, &name), (&other, &new), flags)
+            engine.rename((&dir, &name), (&other, &new), flags, CALLER)
         }
         6 => engine.link(&object(dir, &name)?, &other, &new).map(drop),
         7 => set(SetAttr {

@@ -125,6 +125,7 @@ fn retained(ino: u64, birth: u64, removed: u64) -> Retained {
         birth: Epoch(birth),
         removed: Epoch(removed),
         origin,
+        whiteout: false,
     }
 }
 

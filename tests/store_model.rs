@@ -287,6 +287,7 @@ impl Test {
                 birth,
                 removed,
                 origin: None,
+                whiteout: false,
             };
             if self.rng.random_bool(0.2) {
                 self.store().record_retained(&retained).unwrap();

@@ -194,8 +194,14 @@ impl<'a> Op<'a> {
     }
 
     /// Whether `object`, whose last name is about to go, has to be retained because a snapshot shows it; the
-    /// record of that is appended. `origin`: directory and name where a crash may leave it half-way.
-    pub fn retain(&mut self, object: &Object, origin: Option<(&Object, &[u8])>) -> Result<bool> {
+    /// record of that is appended. `origin`: directory and name where a crash may leave it half-way; `whiteout`: what takes
+    /// its place there in the end.
+    pub fn retain(
+        &mut self,
+        object: &Object,
+        origin: Option<(&Object, &[u8])>,
+        whiteout: bool,
+    ) -> Result<bool> {
         let Some(aim) = self.aim(object)? else {
             return Ok(false);
         };
@@ -206,6 +212,7 @@ impl<'a> Op<'a> {
             birth: self.kept(object)?.birth.unwrap_or(Epoch(0)),
             removed: aim.label,
             origin: origin.map(|(dir, name)| (dir.ino(), dir.entry.handle.clone(), name.to_vec())),
+            whiteout,
         };
         let birth = record.birth;
         self.append(

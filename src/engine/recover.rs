@@ -4,7 +4,7 @@ use super::Engine;
 use crate::error::Result;
 use crate::store::{EntryImage, Retained, SnapshotInfo, SnapshotState};
 use rustix::fd::AsFd;
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, RenameFlags};
 
 /// Finishes or takes back the moves of retained objects that a crash interrupted.
 pub fn retained(engine: &Engine) -> Result<()> {
@@ -76,7 +76,11 @@ fn finish_exchange(engine: &Engine, record: &Retained) -> Result<bool> {
     match engine.backing.find(fd.as_fd(), name)? {
         // What is replaced is empty; anything else is not what the record was about.
         Some(found) if found.entry.handle == record.handle && is_empty(engine, &found.entry)? => {
-            engine.backing.retain(fd.as_fd(), name, record.ino)?;
+            let flags = match record.whiteout {
+                true => RenameFlags::WHITEOUT,
+                false => RenameFlags::empty(),
+            };
+            engine.backing.retain(fd.as_fd(), name, record.ino, flags)?;
             Ok(true)
         }
         _ => Ok(false),

@@ -201,9 +201,12 @@ impl Adapter {
             }
             (Node::Live(_), Node::Live(_)) => {
                 let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-                // Carried out, a name that was moved is absent, and one that was exchanged means something else.
-                let exchange = flags.contains(rustix::fs::RenameFlags::EXCHANGE);
-                let intent = self.intend(req, || match exchange {
+                let caller = caller(req, 0);
+                // Carried out, a name that was moved is absent, and one that was exchanged, or left to a whiteout, means
+                // something else.
+                let left = rustix::fs::RenameFlags::EXCHANGE | rustix::fs::RenameFlags::WHITEOUT;
+                let left = flags.intersects(left);
+                let intent = self.intend(req, || match left {
                     true => Before {
                         ino: engine.peek(&from, &name).ok().flatten().unwrap_or_default(),
                         there: true,
@@ -218,10 +221,10 @@ impl Adapter {
                 self.change(kind, move || {
                     let moved = intent.earlier().map_or(Ok(false), |before| {
                         let now = engine.peek(&from, &name)?.unwrap_or_default();
-                        Ok(now == Ino(0) || (exchange && now != before.ino))
+                        Ok(now == Ino(0) || (left && now != before.ino))
                     });
                     let done = match moved {
-                        Ok(false) => engine.rename((&from, &name), (&to, &newname), flags),
+                        Ok(false) => engine.rename((&from, &name), (&to, &newname), flags, caller),
                         Ok(true) => Ok(()),
                         Err(error) => Err(error),
                     };

@@ -356,7 +356,11 @@ pub(super) fn put_retained(w: &mut Writer, retained: &Retained) {
     put_handle(w, &retained.handle);
     w.u64(retained.birth.0);
     w.u64(retained.removed.0);
-    w.u8(u8::from(retained.origin.is_some()));
+    w.u8(match (&retained.origin, retained.whiteout) {
+        (None, _) => 0,
+        (Some(_), false) => 1,
+        (Some(_), true) => 2,
+    });
     if let Some((dir, handle, name)) = &retained.origin {
         w.u64(dir.0);
         put_handle(w, handle);
@@ -367,7 +371,8 @@ pub(super) fn put_retained(w: &mut Writer, retained: &Retained) {
 pub(super) fn get_retained(r: &mut Reader<'_>) -> Result<Retained> {
     let (ino, kind, handle) = (Ino(r.u64()?), r.u8()?, get_handle(r)?);
     let (birth, removed) = (Epoch(r.u64()?), Epoch(r.u64()?));
-    let origin = match r.u8()? {
+    let place = r.u8()?;
+    let origin = match place {
         0 => None,
         _ => Some((Ino(r.u64()?), get_handle(r)?, r.bytes(MAX_NAME)?.to_vec())),
     };
@@ -378,6 +383,7 @@ pub(super) fn get_retained(r: &mut Reader<'_>) -> Result<Retained> {
         birth,
         removed,
         origin,
+        whiteout: place == 2,
     })
 }
 

@@ -59,6 +59,7 @@ fn records() -> Vec<Record> {
         birth: Epoch(1),
         removed: Epoch(9),
         origin: Some((Ino(3), handle(0), vec![b'x'; 255])),
+        whiteout: true,
     };
     let was = EntryImage {
         ino: Ino(u64::MAX),

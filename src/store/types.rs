@@ -232,6 +232,8 @@ pub struct Retained {
     pub removed: Epoch,
     /// Directory, handle of the directory, and name where a half-done replacement may have left it.
     pub origin: Option<(Ino, ObjectHandle, Vec<u8>)>,
+    /// A whiteout is to take its place there (`RENAME_WHITEOUT`).
+    pub whiteout: bool,
 }
 
 /// What may be done with a snapshot.

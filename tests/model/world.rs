@@ -833,7 +833,7 @@ impl World {
         };
         let done = self.with(&path, |from| {
             self.with(&to_path, |to| {
-                engine.rename((from, &from_name), (to, &to_name), flags)
+                engine.rename((from, &from_name), (to, &to_name), flags, Caller::ROOT)
             })
         });
         let expected = match target {

@@ -393,9 +393,10 @@ impl History {
         if to_dir.starts_with(&path) {
             return false;
         }
-        let flags = match rng.random_bool(0.15) {
-            true => RenameFlags::EXCHANGE,
-            false => RenameFlags::empty(),
+        let flags = match rng.random_range(0..20) {
+            0..3 => RenameFlags::EXCHANGE,
+            3..6 => RenameFlags::WHITEOUT,
+            _ => RenameFlags::empty(),
         };
         let mut target = to_dir.clone();
         target.push(to.clone());
@@ -406,7 +407,7 @@ impl History {
         let engine = self.engine();
         let _ = self.at(&path, |old| {
             self.at(&to_dir, |new| {
-                engine.rename((old, &from), (new, &to), flags)
+                engine.rename((old, &from), (new, &to), flags, Caller::ROOT)
             })
         });
         false
@@ -427,7 +428,7 @@ impl History {
     }
 
     fn attributes(&mut self, rng: &mut SmallRng) -> bool {
-        let settable = |node: &Node| matches!(node, Node::Live(o) if o.entry.kind != libc::DT_LNK);
+        let settable = |node: &Node| matches!(node, Node::Live(o) if !matches!(o.entry.kind, libc::DT_LNK | libc::DT_CHR));
         let Some(path) = self.any(rng, settable) else {
             return false;
         };

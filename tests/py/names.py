@@ -107,6 +107,45 @@ def replace_dir():
     w("b/er/leaf", "changed where it moved")
 
 
+def whiteout(source, target):
+    """What overlayfs moves away leaves a character device 0:0, in the same step."""
+    renameat2(p(source), p(target), WHITEOUT)
+    s = os.lstat(p(source))
+    c.equal((True, 0, os.geteuid()), (stat.S_ISCHR(s.st_mode), s.st_rdev, s.st_uid), "a whiteout stays at %s" % source)
+    cut()
+    os.chmod(p(source), 0o600)
+    os.unlink(p(source))
+    w(source, "in place of the whiteout")
+
+
+def overlay():
+    """overlayfs has its upper directory here, and what it does there is in snapshots as anything is."""
+    for d in ("lower/d", "upper", "work", "merged"):
+        os.makedirs(p("ov", d))
+    for n in ("f1", "f2", "f3", "d/g"):
+        w("ov/lower/" + n, "lower " + n)
+    options = "lowerdir=%s,upperdir=%s,workdir=%s" % (p("ov/lower"), p("ov/upper"), p("ov/work"))
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, p("ov/merged")], check=True, timeout=20)
+    try:
+        m = lambda n: p("ov/merged", n)
+        os.unlink(m("f1"))
+        os.rename(m("f2"), m("moved"))
+        os.rename(m("f3"), m("d/g"))
+        with open(m("d/new"), "w") as f:
+            f.write("new")
+        s = c.snap()  # not kept: the live tree shows what is mounted in it, too
+        os.rename(m("moved"), m("f1"))
+        os.unlink(m("d/new"))
+        c.equal((["d", "f1"], ["g"]), (sorted(os.listdir(m(""))), sorted(os.listdir(m("d")))), "what overlayfs shows")
+        c.equal("lower f3", open(m("d/g")).read(), "what was renamed over what is below")
+        upper = os.path.join(c.at(s), "ov/upper")
+        devices = [n for n in ("f1", "f2", "f3") if stat.S_ISCHR(os.lstat(os.path.join(upper, n)).st_mode)]
+        c.equal(["f1", "f2", "f3"], devices, "whiteouts in the snapshot")
+        c.equal("lower f2", open(os.path.join(upper, "moved")).read(), "what was renamed, in the snapshot")
+    finally:
+        subprocess.run(["umount", "-l", p("ov/merged")], check=True, timeout=20)
+
+
 def loop_refused():
     c.refused("a directory into itself", {errno.EINVAL}, os.rename, p("a"), p("a/deep/a"))
     c.refused("a directory over a file", {errno.ENOTDIR}, os.rename, p("a"), p("f"))
@@ -188,6 +227,12 @@ step("rename over an empty directory", replace_dir, ("b/er/leaf", "changed where
 step("exchange of files", lambda: renameat2(p("f"), p("a/h"), EXCHANGE), ("f", "content of h"), ("a/h", "content of f"))
 step("exchange of a file and a directory", lambda: renameat2(p("f"), p("a"), EXCHANGE), ("f/h", "content of h"), ("a", "content of f"))
 step("exchange of directories", lambda: renameat2(p("a/deep"), p("b"), EXCHANGE), ("b/er/leaf", "leaf"))
+if os.geteuid() == 0:
+    step("whiteout, to a free name", lambda: whiteout("f", "free"), ("free", "content of f"), ("f", "in place of the whiteout"))
+    step("whiteout, over a file", lambda: whiteout("f", "g"), ("g", "content of f"))
+    step("whiteout, over a directory", lambda: whiteout("b", "empty"), ("empty", "there"), ("b", "in place of the whiteout"))
+if ROOT:
+    step("overlayfs", overlay)
 step("NOREPLACE to a free name", lambda: renameat2(p("f"), p("free"), NOREPLACE), ("free", "content of f"))
 step("an open file loses its name", reopen_removed, ("f", None))
 step("the same name again and again", recreate, ("f", "generation 4"))

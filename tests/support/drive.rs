@@ -129,7 +129,12 @@ pub(crate) fn change(engine: &Engine, rng: &mut SmallRng, live: &Tree) -> (Resul
                 after.insert(to.clone(), bytes);
             }
             let flags = rustix::fs::RenameFlags::empty();
-            engine.rename((&dir, name.as_bytes()), (&dir, to.as_bytes()), flags)
+            engine.rename(
+                (&dir, name.as_bytes()),
+                (&dir, to.as_bytes()),
+                flags,
+                cowfs::engine::creds::Caller::ROOT,
+            )
         }
         2 | 3 => {
             after.entry(name.clone()).or_default();

@@ -112,17 +112,33 @@ impl Backing {
         format!("{:016x}", ino.0).into_bytes()
     }
 
-    /// Moves the last name of an object out of the live tree, in one step.
-    pub fn retain(&self, dir: BorrowedFd<'_>, name: &[u8], ino: Ino) -> Result<()> {
+    /// Moves the last name of an object out of the live tree, in one step: to nothing, or to a whiteout in its place
+    /// (`RENAME_WHITEOUT`).
+    pub fn retain(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        ino: Ino,
+        flags: RenameFlags,
+    ) -> Result<()> {
         self.before(Call::Change)?;
         let to = Self::retained_name(ino);
-        match self.made(rustix::fs::renameat(dir, name, &self.retained, &to)) {
+        let rename = || {
+            self.made(rustix::fs::renameat_with(
+                dir,
+                name,
+                &self.retained,
+                &to,
+                flags,
+            ))
+        };
+        match rename() {
             Err(Errno::ACCESS) if !self.overrides_modes() => {
                 // A directory gets a new parent only if its user may write to it, which rmdir(2) does not ask
                 // for. Its mode is of no use to anybody any more: snapshots have it among the pre-images.
                 let mode = Mode::RWXU;
                 self.made(rustix::fs::chmodat(dir, name, mode, AtFlags::empty()))?;
-                Ok(self.made(rustix::fs::renameat(dir, name, &self.retained, &to))?)
+                Ok(rename()?)
             }
             other => Ok(other?),
         }

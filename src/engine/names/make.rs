@@ -93,7 +93,7 @@ impl Engine {
     }
 
     /// Takes up an object that was just made under `name`, noting its birth.
-    fn adopt(
+    pub(super) fn adopt(
         &self,
         op: &mut Op<'_>,
         dir: &Object,

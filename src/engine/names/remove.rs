@@ -7,7 +7,7 @@ use crate::engine::object::Object;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, Ordering};
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, RenameFlags};
 use rustix::io::Errno;
 
 impl Engine {
@@ -42,10 +42,11 @@ impl Engine {
             op.keep_attr(dir)?;
             op.keep_attr(&child)?;
             let last = directory || self.links_of(&removed)? <= 1;
-            if last && op.retain(&child, None)? {
-                let done = op
-                    .settle()
-                    .and_then(|()| self.backing.retain(dir_fd.as_fd(), name, child.ino()));
+            if last && op.retain(&child, None, false)? {
+                let done = op.settle().and_then(|()| {
+                    self.backing
+                        .retain(dir_fd.as_fd(), name, child.ino(), RenameFlags::empty())
+                });
                 done.map_err(|error| self.unretain(&child, error))?;
                 self.note_retained(&child);
             } else {

@@ -2,6 +2,7 @@
 
 use super::check_there;
 use crate::engine::Engine;
+use crate::engine::creds::{ActingAs, Caller};
 use crate::engine::keep::Op;
 use crate::engine::nodes::{Node, ObjectRef};
 use crate::engine::object::Object;
@@ -11,28 +12,32 @@ use rustix::fs::RenameFlags;
 use rustix::io::Errno;
 
 impl Engine {
-    /// renameat2(2) with no flag, `RENAME_NOREPLACE` or `RENAME_EXCHANGE`.
+    /// renameat2(2) with the flags that it has. `caller`: to whom a whiteout belongs.
     pub fn rename(
         &self,
         from: (&Node, &[u8]),
         to: (&Node, &[u8]),
         flags: RenameFlags,
+        caller: Caller,
     ) -> Result<()> {
-        if !(flags - (RenameFlags::NOREPLACE | RenameFlags::EXCHANGE)).is_empty() {
+        let known = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE | RenameFlags::WHITEOUT;
+        let both = RenameFlags::EXCHANGE | RenameFlags::WHITEOUT;
+        if !known.contains(flags) || flags.contains(both) {
             return Err(Errno::INVAL.into());
         }
         let (from_dir, to_dir) = (
             self.writable_dir(from.0, from.1)?,
             self.writable_dir(to.0, to.1)?,
         );
-        self.with_room_to_remove(|| self.rename_from((&from_dir, from.1), (&to_dir, to.1), flags))
+        let how = How { flags, caller };
+        self.with_room_to_remove(|| self.rename_from((&from_dir, from.1), (&to_dir, to.1), how))
     }
 
     fn rename_from(
         &self,
         (from_dir, from): (&ObjectRef, &[u8]),
         (to_dir, to): (&ObjectRef, &[u8]),
-        flags: RenameFlags,
+        how: How,
     ) -> Result<()> {
         loop {
             let before = [from_dir.changes(), to_dir.changes()];
@@ -52,16 +57,17 @@ impl Engine {
                 moved: &moved,
                 target: target.as_ref(),
                 before,
+                how,
             };
-            if self.rename_objects(&places, flags)? {
+            if self.rename_objects(&places)? {
                 return Ok(());
             }
         }
     }
 
     /// One try; false if a name meant something else once the locks were held.
-    fn rename_objects(&self, at: &Places<'_>, flags: RenameFlags) -> Result<bool> {
-        let (moved, target) = (at.moved, at.target);
+    fn rename_objects(&self, at: &Places<'_>) -> Result<bool> {
+        let (moved, target, flags) = (at.moved, at.target, at.how.flags);
         let mut objects: Vec<&Object> = vec![at.from_dir, at.to_dir, moved];
         objects.extend(target.map(|target| &**target));
         let mut op = self.begin(&objects);
@@ -100,6 +106,10 @@ impl Engine {
                 self.move_name(at, flags)?; // I1
             }
         }
+        if flags.contains(RenameFlags::WHITEOUT) {
+            let dir = self.object_fd(at.from_dir)?;
+            self.adopt(&mut op, at.from_dir, dir.as_fd(), at.from, at.how.caller)?;
+        }
         Ok(true)
     }
 
@@ -115,8 +125,10 @@ impl Engine {
     fn move_name(&self, at: &Places<'_>, flags: RenameFlags) -> Result<()> {
         let from = self.object_fd(at.from_dir)?;
         let to = self.object_fd(at.to_dir)?;
+        let acting = at.how.acting();
         self.backing
             .rename((from.as_fd(), at.from), (to.as_fd(), at.to), flags)?;
+        drop(acting);
         self.backing
             .note_place(at.to_dir.ino(), at.to, at.moved.ino());
         match at.target {
@@ -140,14 +152,15 @@ impl Engine {
         let directory = target.is_dir();
         let origin = directory.then_some((at.from_dir, at.from));
         let last = self.last_name(target, directory)?;
-        let retain = last && op.retain(target, origin)?;
+        let whiteout = !at.how.whiteout().is_empty();
+        let retain = last && op.retain(target, origin, whiteout)?;
         if !retain {
             op.settle()?;
             self.pin(target, last)?;
             if last && self.must_outlive(target) {
                 self.replace_open(at, target)?;
             } else {
-                self.move_name(at, RenameFlags::empty())?;
+                self.move_name(at, at.how.whiteout())?;
             }
             if last {
                 self.unsettled.forget(target.ino());
@@ -166,7 +179,11 @@ impl Engine {
     fn replace_directory(&self, at: &Places<'_>, target: &Object) -> Result<()> {
         self.move_name(at, RenameFlags::EXCHANGE)?;
         let from = self.object_fd(at.from_dir)?;
-        let moved = self.backing.retain(from.as_fd(), at.from, target.ino());
+        let acting = at.how.acting();
+        let moved = self
+            .backing
+            .retain(from.as_fd(), at.from, target.ino(), at.how.whiteout());
+        drop(acting);
         if moved.is_err() {
             self.move_name(at, RenameFlags::EXCHANGE)?;
         }
@@ -177,7 +194,7 @@ impl Engine {
     fn replace_open(&self, at: &Places<'_>, target: &ObjectRef) -> Result<()> {
         let fd = self.object_fd(target)?;
         self.backing.orphan_link(fd.as_fd(), target.ino())?;
-        let moved = self.move_name(at, RenameFlags::empty());
+        let moved = self.move_name(at, at.how.whiteout());
         match moved {
             Ok(()) => self.orphaned(target),
             Err(_) => self.backing.release_orphan(target.ino())?,
@@ -188,7 +205,7 @@ impl Engine {
     fn replace_file(&self, at: &Places<'_>, target: &Object) -> Result<()> {
         let fd = self.object_fd(target)?;
         self.backing.retain_link(fd.as_fd(), target.ino())?;
-        let moved = self.move_name(at, RenameFlags::empty());
+        let moved = self.move_name(at, at.how.whiteout());
         if moved.is_err() {
             self.backing.release_retained(target.ino(), false)?;
         }
@@ -206,6 +223,26 @@ struct Places<'a> {
     target: Option<&'a ObjectRef>,
     /// How often names in the two directories had changed before these were looked up.
     before: [u64; 2],
+    how: How,
+}
+
+/// What is asked of a rename besides.
+#[derive(Clone, Copy)]
+struct How {
+    flags: RenameFlags,
+    caller: Caller,
+}
+
+impl How {
+    /// `RENAME_WHITEOUT` if a character device 0:0 is to stand where the moved name was, as overlayfs needs it.
+    fn whiteout(self) -> RenameFlags {
+        self.flags & RenameFlags::WHITEOUT
+    }
+
+    /// The identity for the call that makes the whiteout.
+    fn acting(self) -> Option<ActingAs> {
+        (!self.whiteout().is_empty()).then(|| ActingAs::new(self.caller))
+    }
 }
 
 /// rename(2): a directory replaces only a directory, and nothing else replaces one.
