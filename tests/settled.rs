@@ -159,6 +159,45 @@ fn what_has_changed_is_synced_alone() {
 }
 
 /// The files and directories of a tree, by number, with the time of their last change.
+/// What the kernel tells of a file that could not be written back it tells once. If it is cowfs that hears of it, whoever syncs
+/// the file next must be told as well, whenever he opened it.
+#[test]
+fn what_could_not_be_synced_for_a_snapshot_is_told_to_the_next_who_syncs_it() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["f", "g"] {
+        std::fs::write(dir.path().join(name), "old").unwrap();
+    }
+    // The second from now on: the first is of the directory of retained files.
+    let fails = Arc::new(AtomicU32::new(0));
+    let failing = fails.clone();
+    let options = EngineOptions {
+        faults: Some(Arc::new(move |call| {
+            let counts = call == Call::Sync && failing.load(Ordering::SeqCst) > 0;
+            let fails = counts && failing.fetch_sub(1, Ordering::SeqCst) == 1;
+            fails.then_some(Failure::Errno(Errno::IO))
+        })),
+        ..options()
+    };
+    let engine = Engine::open(dir.path(), options).unwrap();
+    engine.snapshot(b"before").unwrap();
+    engine.settle_snapshots().unwrap();
+    for round in 0..3 {
+        write(&engine, "f", 0, b"new").unwrap();
+        engine.snapshot(format!("s{round}").as_bytes()).unwrap();
+        fails.store(2, Ordering::SeqCst);
+        engine.settle_snapshots().unwrap();
+        assert_eq!(fails.load(Ordering::SeqCst), 0);
+        sync(&engine, "g").unwrap();
+        let told = sync(&engine, "f").map_err(|error| error.errno());
+        assert_eq!(told, Err(Errno::IO), "round {round}");
+        sync(&engine, "f").unwrap();
+        // What is known of changes begins anew.
+        engine.snapshot(format!("t{round}").as_bytes()).unwrap();
+        engine.settle_snapshots().unwrap();
+    }
+    engine.close().unwrap();
+}
+
 fn scan(dir: &Path, found: &mut BTreeMap<u64, (i64, i64)>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();

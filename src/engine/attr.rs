@@ -321,7 +321,11 @@ impl Engine {
     /// fsync(2) of an open file: the journal first, as far as it guards this file, and then the file (C8).
     pub fn fsync(&self, file: &LiveFile, data_only: bool) -> Result<()> {
         self.pay_for(&file.object)?;
-        self.backing.sync(file.fd(), data_only)
+        let done = self.backing.sync(file.fd(), data_only);
+        match self.unsettled.take_lost(file.object.ino()) {
+            Some(errno) => done.and(Err(errno.into())),
+            None => done,
+        }
     }
 
     /// Attributes for an object that was just found or made, and that the kernel is now told of.

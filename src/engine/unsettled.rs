@@ -33,6 +33,10 @@ pub(super) struct Unsettled {
     syncing: Mutex<()>,
     /// A leaf in lock order.
     state: Mutex<State>,
+    /// Files that could not be synced here, and why. The kernel tells of what it lost once, to those who had the file open and
+    /// to the first who opens it afterwards (`errseq_sample` of lib/errseq.c): that was here, and whoever syncs the file next
+    /// must hear of it. Programs rely on that: PostgreSQL's checkpointer opens what others have written. A leaf in lock order.
+    lost: Mutex<HashMap<Ino, Errno>>,
 }
 
 #[derive(Debug)]
@@ -60,6 +64,7 @@ impl Default for Unsettled {
                 unknown: true,
                 epochs: BTreeMap::new(),
             }),
+            lost: Mutex::default(),
         }
     }
 }
@@ -133,6 +138,11 @@ impl Unsettled {
         std::mem::take(&mut self.state.lock().unknown)
     }
 
+    /// What the kernel has told here and must be told to whoever syncs `file` next: why bytes of it were lost.
+    pub(super) fn take_lost(&self, file: Ino) -> Option<Errno> {
+        self.lost.lock().remove(&file)
+    }
+
     /// What was taken could not be made durable.
     fn give_back(&self) {
         self.state.lock().unknown = true;
@@ -194,12 +204,10 @@ impl Engine {
                 return Ok(false);
             }
             match open(&self.backing, object) {
-                Ok(fd) => {
-                    if object.kind == libc::DT_REG {
-                        write_back(&self.backing, &fd)?;
-                    }
-                    self.backing.sync(fd.as_fd(), false)?;
-                }
+                Ok(fd) => self.sync_open(object, &fd).inspect_err(|error| {
+                    let lost = &self.unsettled.lost;
+                    lost.lock().insert(object.ino, error.errno());
+                })?,
                 // Gone, and not retained: nothing shows it.
                 Err(Error::Os(Errno::STALE)) if self.backing.overrides_modes() => {}
                 Err(error) => {
@@ -209,6 +217,13 @@ impl Engine {
             }
         }
         Ok(true)
+    }
+
+    fn sync_open(&self, object: &EntryImage, fd: &OwnedFd) -> Result<()> {
+        if object.kind == libc::DT_REG {
+            write_back(&self.backing, fd)?;
+        }
+        self.backing.sync(fd.as_fd(), false)
     }
 }
 

@@ -111,6 +111,8 @@ impl Engine {
         if changed {
             found = find()?;
         }
+        // Of what had that number before.
+        self.unsettled.take_lost(found.entry.ino);
         // That it is there is synced with the directory; not all filesystems do so with what it is.
         if changed || can_be_synced(&found.entry) {
             self.unsettled.note(op.epoch_of(dir), &found.entry);
