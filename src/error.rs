@@ -170,6 +170,11 @@ impl Error {
     /// The exit code of the command (docs/CLI.md has the table for users).
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::Os(Errno::ACCESS | Errno::PERM)
+            | Self::Path {
+                errno: Errno::ACCESS | Errno::PERM,
+                ..
+            } => 5,
             Self::Os(_)
             | Self::Path { .. }
             | Self::StoreFull { .. }
@@ -187,6 +192,19 @@ impl Error {
             | Self::SnapshotHeld(_)
             | Self::SnapshotBusy(_) => 7,
             Self::Check(_) => 8,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_permission_has_its_exit_code() {
+        for (errno, code) in [(Errno::ACCESS, 5), (Errno::PERM, 5), (Errno::IO, 1)] {
+            assert_eq!(Error::Os(errno).exit_code(), code);
+            assert_eq!(Error::path("cannot open", "/x", errno).exit_code(), code);
         }
     }
 }

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use support::{Mount, cowfs_bin, mount_type, open_the_way, run};
+use support::{Mount, cowfs_bin, daemons, mount_type, open_the_way, run};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -69,6 +69,46 @@ fn a_failed_replacement_leaves_nothing_behind() {
     assert_eq!(retained(), 0);
     let seen = mount.snapshot_path("k");
     assert!(seen.join("B").is_dir() && !seen.join("C").exists());
+}
+
+/// A filesystem that has become read-only takes nothing that is written at the end. What has been unmounted stays so.
+#[test]
+fn a_server_that_fails_after_the_end_of_its_mount_is_not_replaced() {
+    let mount = Mount::on_own_disk("aborted", LIMIT, 400);
+    let on_disk = |column: &str| {
+        let mut findmnt = Command::new("findmnt");
+        let found = run(
+            findmnt.args(["-no", column, "-T"]).arg(&mount.backing),
+            LIMIT,
+        );
+        found.success("findmnt").stdout.trim().to_owned()
+    };
+    tool(
+        "mount",
+        &["-o", "remount,errors=remount-ro"],
+        Path::new(&on_disk("TARGET")),
+    );
+    fs::write(mount.mnt.join("f"), "old").unwrap();
+    mount.snapshot("s");
+    fs::write(mount.mnt.join("f"), "new").unwrap();
+    let device = on_disk("SOURCE").replace("/dev/", "");
+    fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
+    assert!(fs::write(mount.mnt.join("g"), "too late").is_err());
+    assert_eq!(
+        fs::read(mount.snapshot_path("s").join("f")).unwrap(),
+        b"old"
+    );
+    run(
+        Command::new(cowfs_bin()).arg("umount").arg(&mount.mnt),
+        LIMIT,
+    )
+    .success("umount");
+    assert_eq!(mount_type(&mount.mnt), None);
+    assert_eq!(daemons(&cowfs_bin(), &mount.mnt), []);
+    let log = mount.log();
+    assert!(!log.contains("starting another"), "{log}");
+    // sled's own panic is caught.
+    assert!(log.contains("the index cannot be closed"), "{log}");
 }
 
 /// The space of a removed file is free once it is closed, whatever was asked of it in between.

@@ -174,7 +174,8 @@ fn what_is_wrong_with_a_store_is_named_by_the_directory() {
     for (file, code) in [("store-id", 6), ("store/format", 6), ("store/journal", 1)] {
         let (at, away) = (hidden.join(file), hidden.join("away"));
         fs::rename(&at, &away).unwrap();
-        fs::write(&at, "not this").unwrap();
+        // Not text, as damage may be.
+        fs::write(&at, b"\xff\xfe not this").unwrap();
         for command in ["mount", "check"] {
             let paths: [&Path; 2] = [&mount.backing, &mount.mnt];
             let paths = &paths[..if command == "mount" { 2 } else { 1 }];

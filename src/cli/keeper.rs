@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::fuse::{Ended, HOLD, HOLD_WRITEBACK, Kept};
 use crate::sync::{Arc, AtomicBool, AtomicU32, Ordering};
 use crate::sys;
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -171,6 +171,10 @@ impl Keeper<'_> {
             if !is_crash(status) {
                 return ended(status);
             }
+            if self.is_unmounted() {
+                // It failed, or was killed, after that: there is nothing left to serve.
+                return ended(status);
+            }
             self.served += 1;
             failures = if self.ready { 0 } else { failures + 1 };
             let short = started.elapsed() < SHORT_LIFE;
@@ -195,6 +199,14 @@ impl Keeper<'_> {
                 self.begin_anew();
             }
         }
+    }
+
+    /// Whether the mount that is held has been unmounted. One that was detached and is still in use has not.
+    fn is_unmounted(&self) -> bool {
+        self.held.as_ref().is_some_and(|held| {
+            !crate::fuse::is_connected(held.device.as_fd())
+                && crate::fuse::device_of(&self.config.mountpoint) != held.number
+        })
     }
 
     /// Gives the mount up, so that the next server makes a new one in its place.

@@ -192,7 +192,8 @@ fn explain(action: &'static str, path: &Path, errno: Errno) -> Error {
         Errno::BUSY => Error::SnapshotBusy(name),
         Errno::INVAL | Errno::NAMETOOLONG => Error::SnapshotName(name),
         Errno::ACCESS | Errno::PERM => Error::Permission(format!(
-            "{}: {action}: not permitted; it takes write permission in the mount's root directory, or root",
+            "{}: {action}: not permitted; root may, and whoever runs cowfs, and with user-snapshots whoever may write to \
+             the mount's root directory may create one",
             path.display()
         )),
         Errno::NOTCONN => control::dead_mount(path),

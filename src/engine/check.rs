@@ -77,7 +77,13 @@ impl Unmounted {
             let why = "has no store: there is nothing to check".into();
             return Err(Error::Source { path: source, why });
         }
-        if !store.is_dir() {
+        let there = std::fs::metadata(&store);
+        if let Err(error) = &there
+            && error.kind() == std::io::ErrorKind::PermissionDenied
+        {
+            return Err(Error::io("cannot look at the store", &store, error));
+        }
+        if !there.is_ok_and(|what| what.is_dir()) {
             let why = match elsewhere {
                 Some(_) => format!("has no store in {}", store.display()),
                 None => "keeps its store elsewhere; name it with -o store=DIR".into(),

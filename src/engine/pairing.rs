@@ -23,11 +23,13 @@ impl Mark {
     /// That of the hidden directory at `hidden`, if there is one.
     fn read(hidden: &Path) -> Result<Option<Self>> {
         let path = path_of(hidden);
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&text).map(Some).ok_or_else(|| Error::Store {
-                path,
-                why: "does not say what it should, and may be damaged".into(),
-            }),
+        match std::fs::read(&path) {
+            Ok(text) => Self::parse(&String::from_utf8_lossy(&text))
+                .map(Some)
+                .ok_or_else(|| Error::Store {
+                    path,
+                    why: "does not say what it should, and may be damaged".into(),
+                }),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("cannot read", &path, &e)),
         }

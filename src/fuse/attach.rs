@@ -4,7 +4,8 @@ use crate::config::{MountConfig, MountOptions};
 use crate::control;
 use crate::error::{Error, Result};
 use crate::sys::{self, MAX_WRITE};
-use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, major, minor};
 use rustix::io::{Errno, FdFlags, IoSliceMut, fcntl_setfd};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
@@ -79,6 +80,14 @@ pub fn device_of(mountpoint: &Path) -> Option<String> {
         log::debug!("{} is not in the mount table", mountpoint.display());
     }
     device
+}
+
+/// Whether the kernel still has requests for a device: not after its mount has been unmounted, by all who had it, or aborted
+/// (`fuse_dev_poll` of fs/fuse/dev.c).
+pub fn is_connected(device: BorrowedFd<'_>) -> bool {
+    let mut asked = [PollFd::from_borrowed_fd(device, PollFlags::IN)];
+    let now = Timespec::default();
+    !matches!(poll(&mut asked, Some(&now)), Ok(1..) if asked[0].revents().contains(PollFlags::ERR))
 }
 
 /// Lets the kernel read far ahead on the mount with this number of a device, once it has agreed on the protocol. By default it

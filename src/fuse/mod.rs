@@ -25,7 +25,7 @@ mod snapshot;
 mod status;
 mod writeback;
 
-pub use attach::{attach, check_may_mount, detach, device_of, remount};
+pub use attach::{attach, check_may_mount, detach, device_of, is_connected, remount};
 pub use kept::{Ended, HOLD, HOLD_WRITEBACK, Kept, hear};
 pub use limits::raise as raise_limits;
 pub use session::serve;

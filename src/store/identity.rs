@@ -83,9 +83,8 @@ pub(super) fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)>
         Err(Errno::WOULDBLOCK) => return Err(refuse(dir, "the store is in use; unmount it first")),
         Err(errno) => return Err(Error::path("cannot lock", &path, errno)),
     }
-    let text =
-        std::fs::read_to_string(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
-    Ok((file, parse_format(&path, &text)?))
+    let text = std::fs::read(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
+    Ok((file, parse_format(&path, &String::from_utf8_lossy(&text))?))
 }
 
 fn parse_format(path: &Path, text: &str) -> Result<u128> {

@@ -11,6 +11,7 @@ use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -96,8 +97,34 @@ impl Index for MemoryIndex {
 
 /// The index on disk: one sled tree.
 pub(super) struct SledIndex {
-    db: sled::Db,
+    db: Guarded,
     path: PathBuf,
+}
+
+/// Closed without a panic: sled unwraps the error of a last write to a filesystem that has become read-only.
+struct Guarded(Option<sled::Db>);
+
+impl Deref for Guarded {
+    type Target = sled::Db;
+
+    fn deref(&self) -> &Self::Target {
+        match &self.0 {
+            Some(db) => db,
+            None => unreachable!("taken where it is dropped, and nowhere else"),
+        }
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let db = self.0.take();
+        if let Err(error) = guarded(|| {
+            drop(db);
+            Ok(())
+        }) {
+            log::warn!("the index cannot be closed: {error}");
+        }
+    }
 }
 
 /// Bytes of memory that sled may use for pages.
@@ -117,7 +144,7 @@ impl SledIndex {
             match guarded(|| config.open()) {
                 Ok(db) => {
                     return Ok(Self {
-                        db,
+                        db: Guarded(Some(db)),
                         path: path.to_path_buf(),
                     });
                 }

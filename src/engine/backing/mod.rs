@@ -222,7 +222,7 @@ impl Backing {
         let (kind, bytes) = sys::name_to_handle(root.as_fd(), c"").map_err(|e| {
             fail(format!("its filesystem has no file handles ({e}), which cowfs needs; use ext4, xfs, btrfs or tmpfs"))
         })?;
-        let hidden = Self::hidden_dir(root.as_fd(), HIDDEN, &fail)?;
+        let hidden = Self::hidden_dir(root.as_fd(), HIDDEN, path)?;
         let lock = rustix::fs::openat(
             &hidden,
             c"lock",
@@ -233,8 +233,8 @@ impl Backing {
         sys::lock_patiently(lock.as_fd()).map_err(|_| {
             fail("is mounted by cowfs already; unmount it first (cowfs umount)".into())
         })?;
-        let retained = Self::hidden_dir(hidden.as_fd(), b"retained", &fail)?;
-        let orphans = Self::hidden_dir(hidden.as_fd(), b"orphans", &fail)?;
+        let retained = Self::hidden_dir(hidden.as_fd(), b"retained", path)?;
+        let orphans = Self::hidden_dir(hidden.as_fd(), b"orphans", path)?;
         let by_handle = reach == Reach::AsPermitted && opens_by_handle(root.as_fd(), lock.as_fd())?;
         let places = (!by_handle).then(Places::default);
         let root_entry = EntryImage {
@@ -268,19 +268,24 @@ impl Backing {
     }
 
     /// Opens, and makes if missing, a directory of the store: 0700, owned by who runs cowfs, no symlink.
-    fn hidden_dir(
-        parent: BorrowedFd<'_>,
-        name: &[u8],
-        fail: &impl Fn(String) -> Error,
-    ) -> Result<OwnedFd> {
+    fn hidden_dir(parent: BorrowedFd<'_>, name: &[u8], path: &Path) -> Result<OwnedFd> {
+        let fail = |why: String| Error::Source {
+            path: path.to_path_buf(),
+            why,
+        };
         let shown = String::from_utf8_lossy(name).into_owned();
         match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(e) => return Err(fail(format!("cannot make {shown}: {e}"))),
         }
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(parent, name, flags, Mode::empty())
-            .map_err(|e| fail(format!("cannot open {shown}: {e}")))?;
+        let fd = rustix::fs::openat(parent, name, flags, Mode::empty()).map_err(|e| match e {
+            Errno::ACCESS => Error::Permission(format!(
+                "{}: its {shown} belongs to another user, who alone can use it",
+                path.display()
+            )),
+            e => fail(format!("cannot open {shown}: {e}")),
+        })?;
         let st = rustix::fs::fstat(&fd)?;
         if st.st_uid != rustix::process::geteuid().as_raw() || st.st_mode & 0o077 != 0 {
             return Err(fail(format!(
