@@ -107,6 +107,7 @@ fn a_server_that_fails_after_the_end_of_its_mount_is_not_replaced() {
     assert_eq!(daemons(&cowfs_bin(), &mount.mnt), []);
     let log = mount.log();
     assert!(!log.contains("starting another"), "{log}");
+    assert!(!log.contains("/proc/self/fd"), "{log}");
     // sled's own panic is caught.
     assert!(log.contains("the index cannot be closed"), "{log}");
 }

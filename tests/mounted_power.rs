@@ -15,9 +15,10 @@ use support::{Mount, cowfs_bin, run};
 const LIMIT: Duration = Duration::from_secs(120);
 /// Length of a slot of the session file without its checksum, and where in it are the boot's number and the last settled
 /// snapshot (docs/FORMAT.md).
-const SLOT: usize = 57;
+const SLOT: usize = 65;
 const BOOT: usize = 32;
 const SETTLED: usize = 48;
+const DIRTY: usize = 56;
 
 fn session(mount: &Mount) -> Vec<(usize, Vec<u8>)> {
     let bytes = fs::read(mount.backing.join(".cowfs/store/journal/session")).unwrap();
@@ -43,7 +44,7 @@ fn standing(mount: &Mount) -> (u64, bool) {
     let slots = session(mount);
     let newest = slots.iter().max_by_key(|(_, slot)| number(slot, 8));
     let newest = &newest.unwrap().1;
-    (number(newest, SETTLED), newest[SLOT - 1] == 1)
+    (number(newest, SETTLED), newest[DIRTY] == 1)
 }
 
 fn cowfs(args: &[&str], path: &Path) -> String {

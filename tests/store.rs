@@ -295,6 +295,71 @@ fn damage_before_the_seal_is_reported_and_skipped() {
     );
 }
 
+/// A journal whose end is damaged over its seal looks like one that a crash has torn. The session file knows where it ended.
+#[test]
+fn a_journal_that_is_cut_short_is_noticed() {
+    for to_nothing in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = StoreOptions {
+            boot: Some(7),
+            ..options()
+        };
+        let (mut first, mut end) = (0, 0);
+        for session in 0..2 {
+            let store = open(&dir, options.clone());
+            store.begin_session().unwrap();
+            if session == 0 {
+                store.record_snapshot(&snapshot(1)).unwrap();
+                let kept = (0..5).map(|i| store.keep_attr(Ino(i), Epoch(1), &attr(i as u32)));
+                let kept: Vec<Lsn> = kept.map(Result::unwrap).collect();
+                (first, end) = (offset(kept[2]), offset(kept[4]) + 200);
+            }
+            // The second appends nothing, and knows it still.
+            store.close().unwrap();
+        }
+        let segment = segments(&dir).remove(0);
+        match to_nothing {
+            true => File::create(&segment).map(drop).unwrap(),
+            false => overwrite(&segment, first, &vec![0; (end - first) as usize]),
+        }
+        if !to_nothing {
+            // The index has everything.
+            let store = open(&dir, options.clone());
+            let ready = |info: &SnapshotInfo| info.state == SnapshotState::Ready;
+            assert!(store.snapshots().iter().any(ready));
+            assert!(store.attr_at(Ino(4), Epoch(1)).unwrap().is_some());
+        }
+        std::fs::remove_dir_all(dir.path().join("s/index")).unwrap();
+        for round in 0..2 {
+            let store = open(&dir, options.clone());
+            let states: Vec<_> = store.snapshots().iter().map(|info| info.state).collect();
+            assert!(states.iter().all(|state| *state == SnapshotState::Invalid));
+            assert_eq!(states.is_empty(), to_nothing);
+            assert_eq!(store.damage().is_empty(), round > 0, "{:?}", store.damage());
+            store.begin_session().unwrap();
+            store.close().unwrap();
+        }
+    }
+}
+
+/// An index that has lost a part of itself may bear numbers of cuts that nothing else tells of: they are spent (S2).
+#[test]
+fn no_cut_gets_a_number_that_the_index_bears() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, options());
+    store.record_snapshot(&snapshot(1)).unwrap();
+    store.keep_attr(FILE, Epoch(1), &attr(1)).unwrap();
+    store.close().unwrap();
+    drop(store);
+    let index = sled::open(dir.path().join("s/index")).unwrap();
+    // docs/FORMAT.md, "Index": the attributes of an object are kept under a label.
+    let key = [&b"t"[..], &9_u64.to_be_bytes(), &42_u64.to_be_bytes(), b"a"].concat();
+    index.insert(key, b"").unwrap();
+    index.flush().unwrap();
+    drop(index);
+    assert_eq!(open(&dir, options()).epoch(), Epoch(9));
+}
+
 #[test]
 fn a_damaged_payload_is_never_served() {
     let dir = tempfile::tempdir().unwrap();

@@ -187,6 +187,7 @@ impl Engine {
         };
         pairing::check(&backing, &store_path, &shown)?;
         let tuning = StoreOptions {
+            known: Some(shown.clone()),
             boot: Some(options.tuning.boot.map_or_else(store::boot_id, Ok)?),
             ..options.tuning
         };

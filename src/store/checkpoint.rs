@@ -108,7 +108,8 @@ impl Store {
         self.checkpoint_in(&mut upkeep, false)?;
         // Closing does not wait for the counting; the next session does it.
         let counted = upkeep.uncounted.is_nothing();
-        self.checkpoint_in(&mut upkeep, counted)
+        self.checkpoint_in(&mut upkeep, counted)?;
+        self.note_end()
     }
 }
 

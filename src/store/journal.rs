@@ -521,6 +521,18 @@ impl Journal {
         *self.preface.lock() = Arc::new(table);
     }
 
+    /// Up to where the journal is durable; `None` if nothing was appended since it was opened.
+    pub(super) fn durable_end(&self) -> Option<Lsn> {
+        if self.appended() == 0 {
+            return None;
+        }
+        let open = self.open.lock();
+        let synced = open
+            .iter()
+            .map(|segment| lsn_at(segment.number, segment.synced.load(Ordering::SeqCst)));
+        synced.chain([self.ended()]).max()
+    }
+
     /// Records appended since the journal was opened.
     pub(super) fn appended(&self) -> u64 {
         self.appended.load(Ordering::Relaxed)

@@ -56,6 +56,11 @@ pub struct FileMedia {
 impl FileMedia {
     /// Opens the directory `path`, making it (mode 0700) if there is none.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_known(path, path)
+    }
+
+    /// The same, of a directory that is `known` by another path to those who read messages.
+    pub fn open_known(path: &Path, known: &Path) -> Result<Self> {
         match rustix::fs::mkdir(path, Mode::RWXU) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => return Err(Error::path("cannot create", path, errno)),
@@ -65,7 +70,7 @@ impl FileMedia {
             .map_err(|errno| Error::path("cannot open", path, errno))?;
         Ok(Self {
             dir,
-            path: path.to_path_buf(),
+            path: known.to_path_buf(),
         })
     }
 

@@ -107,6 +107,8 @@ struct Opened {
     noted: Mutex<Option<BTreeMap<u32, Usage>>>,
     /// Records of the journal are gone that the index may not have.
     lost: bool,
+    /// The journal ends before it did when its session was closed.
+    cut_short: bool,
 }
 
 impl Store {

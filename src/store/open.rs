@@ -4,7 +4,7 @@ use super::count::Uncounted;
 use super::identity::{identify, make_dir};
 use super::index::{Index, MemoryIndex, SledIndex};
 use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
-use super::key::{self, IndexState, Usage, segment_of};
+use super::key::{self, IndexState, Touch, Usage, segment_of};
 use super::layers::Layers;
 use super::media::{FileMedia, Media, MediaFile, missing, name_of};
 use super::reclaim::Upkeep;
@@ -54,7 +54,8 @@ impl Store {
     /// in the journal is no error: see [`Store::damage`].
     pub fn open(dir: &Path, options: StoreOptions) -> Result<Self> {
         make_dir(dir)?;
-        let media = FileMedia::open(&dir.join("journal"))?;
+        let known = options.known.as_deref().unwrap_or(dir).join("journal");
+        let media = FileMedia::open_known(&dir.join("journal"), &known)?;
         Self::open_with(dir, options, Arc::new(media))
     }
 
@@ -87,6 +88,7 @@ impl Store {
             uuid,
             log_area: options.log_area,
             verify: session.went_down,
+            end: session.end(),
         };
         let mut found = find_index(dir, &options, uuid)?;
         if found.husk {
@@ -269,6 +271,8 @@ struct Reading<'a> {
     log_area: u64,
     /// Payloads that were not synced may not have reached the disk: they are looked at.
     verify: bool,
+    /// Up to where it was durable.
+    end: Lsn,
 }
 
 /// What the journal says.
@@ -284,6 +288,8 @@ struct Recovery {
     damage: Vec<String>,
     /// Something of the journal is gone that the index cannot have.
     lost: bool,
+    /// It ends before it did when its session was closed.
+    cut_short: bool,
     /// It was durable once.
     rotten: bool,
     /// The index refers to a segment that is gone: it is an old copy, or the segment is lost.
@@ -314,9 +320,11 @@ impl Recovery {
             highest: numbers.last().copied().unwrap_or(0).max(first),
             damage: Vec::new(),
             lost: false,
+            cut_short: false,
             rotten: false,
             stale: false,
         };
+        let (last, durable_end) = split(reading.end);
         let mut before = first;
         for number in numbers.iter().copied() {
             if number < first {
@@ -332,7 +340,10 @@ impl Recovery {
             let Some(file) = reading.media.open(number)? else {
                 continue;
             };
-            let durable = if number == first { offset } else { 0 };
+            let mut durable = if number == first { offset } else { 0 };
+            if number == last {
+                durable = durable.max(durable_end);
+            }
             let (uuid, log_area) = (reading.uuid, reading.log_area);
             let mut log = read_segment(file.as_ref(), number, uuid, durable, log_area)?;
             if reading.verify {
@@ -342,6 +353,11 @@ impl Recovery {
                 let what = "ends before what the index has of it";
                 out.damage.push(format!("{}: {what}", name_of(number)));
                 out.lost = true;
+            }
+            if number == last && log.end < durable_end {
+                let what = "ends before what was durable of it";
+                out.damage.push(format!("{}: {what}", name_of(number)));
+                (out.lost, out.cut_short) = (true, true);
             }
             if !log.records.is_empty() {
                 out.end = out.end.max(lsn_at(number, log.end));
@@ -437,6 +453,7 @@ impl Recovery {
                 distrust: found.distrust,
                 noted: Mutex::new(found.noted),
                 lost: self.lost && doubt.is_some(),
+                cut_short: self.cut_short,
             },
             session,
             _lock: lock,
@@ -525,6 +542,12 @@ impl Recovery {
                 (home, table) = (Some(segment_of(*lsn)), found.clone());
             }
         }
+        // S2: an index that has lost a part of itself may bear numbers that neither it nor the journal tells of any more.
+        let (from, to) = key::touched(highest.next(), Epoch(u64::MAX));
+        index.scan(&from, &to, &mut |key, _| {
+            highest = highest.max(Touch::parse(key)?.label);
+            Ok(true)
+        })?;
         let mut changes: Vec<&Change> = Vec::new();
         for (_, record) in self.logs.iter().flat_map(|(_, _, log)| &log.records) {
             match record {

@@ -11,16 +11,19 @@ use super::codec::{Reader, Writer};
 use super::media::{Media, MediaFile};
 use super::types::{SnapshotInfo, SnapshotState};
 use crate::error::{Error, Result};
-use crate::ids::Epoch;
+use crate::ids::{Epoch, Lsn};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use rustix::io::Errno;
 use std::path::Path;
 
 /// Two slots, written in turn: one that is torn leaves the other, with what held before.
 const SLOT: u64 = 4096;
-const MAGIC: &[u8; 8] = b"cowfssn1";
-/// Magic, sequence, uuid, boot, settled, dirty, checksum.
-const LEN: usize = 8 + 8 + 16 + 16 + 8 + 1 + 4;
+const MAGIC: &[u8; 8] = b"cowfssn2";
+/// Magic, sequence, uuid, boot, settled, dirty, end, checksum.
+const LEN: usize = 8 + 8 + 16 + 16 + 8 + 1 + 8 + 4;
+/// The first version does not say where the journal ends.
+const MAGIC_1: &[u8; 8] = b"cowfssn1";
+const LEN_1: usize = LEN - 8;
 
 /// What the file says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +34,9 @@ struct State {
     /// Snapshots up to this one are settled.
     settled: Epoch,
     dirty: bool,
+    /// Up to where the journal was durable when this was written, as far as a process of this or an earlier session has
+    /// appended to it; 0 if that is not known.
+    end: Lsn,
 }
 
 impl State {
@@ -42,6 +48,7 @@ impl State {
         w.raw(&self.boot.to_le_bytes());
         w.u64(self.settled.0);
         w.u8(u8::from(self.dirty));
+        w.u64(self.end.0);
         let crc = crc32c::crc32c(&w.0);
         w.u32(crc);
         w.0
@@ -49,20 +56,29 @@ impl State {
 
     /// `None` for bytes that are no whole slot of the store `uuid`.
     fn decode(bytes: &[u8], uuid: u128) -> Option<Self> {
-        let (body, crc) = bytes.get(..LEN)?.split_last_chunk::<4>()?;
+        let (len, magic) = match bytes.starts_with(MAGIC_1) {
+            true => (LEN_1, MAGIC_1),
+            false => (LEN, MAGIC),
+        };
+        let (body, crc) = bytes.get(..len)?.split_last_chunk::<4>()?;
         if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
             return None;
         }
-        let mut r = Reader(body.strip_prefix(MAGIC)?);
+        let mut r = Reader(body.strip_prefix(magic)?);
         let state = |r: &mut Reader<'_>| -> Result<(u128, Self)> {
             let sequence = r.u64()?;
             let (uuid, boot) = (r.u128()?, r.u128()?);
             let (settled, dirty) = (Epoch(r.u64()?), r.u8()? != 0);
+            let end = match magic == MAGIC {
+                true => Lsn(r.u64()?),
+                false => Lsn(0),
+            };
             let state = Self {
                 sequence,
                 boot,
                 settled,
                 dirty,
+                end,
             };
             Ok((uuid, state))
         };
@@ -117,6 +133,11 @@ impl Session {
 }
 
 impl Session {
+    /// Up to where the journal must reach.
+    pub(super) fn end(&self) -> Lsn {
+        self.written.lock().map_or(Lsn(0), |state| state.end)
+    }
+
     /// The machine has not gone down since the last session, as far as is known.
     pub(super) fn stayed_up(&self) -> bool {
         let known = self.boot.is_some() && self.written.lock().is_some();
@@ -190,6 +211,11 @@ impl Store {
             boot,
             settled,
             dirty: false,
+            // Told once: what is missing stays so.
+            end: match self.opened.cut_short {
+                true => Lsn(0),
+                false => last.map_or(Lsn(0), |last| last.end),
+            },
         };
         self.write_session(&mut written, next)?;
         if last.is_none() {
@@ -270,9 +296,25 @@ impl Store {
         self.journal.sync()?;
         let next = State {
             dirty: false,
+            end: self.journal.durable_end().unwrap_or(last.end),
             ..last
         };
         self.write_session(&mut written, next)
+    }
+
+    /// Notes where the journal ends, durably: an end that is damaged looks like one that a crash has torn.
+    ///
+    /// # Errors
+    /// As [`Store::sync`].
+    pub(super) fn note_end(&self) -> Result<()> {
+        self.journal.sync()?;
+        let mut written = self.session.written.lock();
+        match (*written, self.journal.durable_end()) {
+            (Some(last), Some(end)) if last.end != end => {
+                self.write_session(&mut written, State { end, ..last })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether the session is dirty.
@@ -300,6 +342,7 @@ impl Store {
             Some(last) if last.settled < epoch => {
                 let next = State {
                     settled: epoch,
+                    end: self.journal.durable_end().unwrap_or(last.end),
                     ..last
                 };
                 self.write_session(&mut written, next)
@@ -320,6 +363,7 @@ mod tests {
             boot: 1 << 100,
             settled: Epoch(9),
             dirty: true,
+            end: Lsn(3 << 40),
         };
         let bytes = state.encode(5);
         assert_eq!(bytes.len(), LEN);

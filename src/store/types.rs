@@ -3,6 +3,7 @@
 use super::media::MediaFile;
 use crate::ids::{Epoch, Ino};
 use crate::sync::Arc;
+use std::path::PathBuf;
 
 /// How a store is laid out and indexed; every field has a sensible default.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub struct StoreOptions {
     /// An index of at most so many bytes on disk is read whole at every open, to be checked and counted; a larger one
     /// only if the store was not closed in order, and then by the background job.
     pub read_at_open: u64,
+    /// What the directory is called in messages about the journal, if it is opened by another path.
+    pub known: Option<PathBuf>,
     /// Keys that the background job then reads in one step, which nothing else of it can interrupt.
     pub count_step: usize,
 }
@@ -31,6 +34,7 @@ impl Default for StoreOptions {
             log_area: 1 << 20,
             boot: None,
             read_at_open: 32 << 20,
+            known: None,
             count_step: 1 << 16,
         }
     }
