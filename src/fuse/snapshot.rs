@@ -202,6 +202,20 @@ impl Filesystem for SnapshotAdapter {
         reply.error(Errno::ENOTTY);
     }
 
+    fn poll(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: fuser::PollNotifier,
+        _: fuser::PollEvents,
+        _: fuser::PollFlags,
+        reply: fuser::ReplyPoll,
+    ) {
+        // The kernel does not ask again: files are always ready (poll(2)). It does not belong in the log.
+        reply.error(Errno::ENOSYS);
+    }
+
     // ---- changes, all refused
 
     fn setattr(
