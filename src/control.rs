@@ -326,7 +326,7 @@ pub fn status(root: &Path) -> Result<Status> {
     Ok(status)
 }
 
-/// As [`status`], but a daemon that hangs does not make the caller hang: `None` if it has not answered after [`ANSWER`].
+/// As [`status`], but a daemon that hangs does not make the caller hang: `None` if it has not answered within five seconds.
 #[must_use]
 pub fn status_in_time(root: &Path) -> Option<Result<Status>> {
     let (answer, asked) = channel::bounded(1);

@@ -272,7 +272,7 @@ impl Engine {
         self.is_open(&file.object, takes)
     }
 
-    /// Whether a file may be mapped shared and writable ([`Self::shared_writable`]).
+    /// Whether a file may be mapped shared and writable: it is open for reading and writing.
     pub fn may_be_mapped(&self, node: &Node) -> bool {
         match node {
             Node::Live(object) => {

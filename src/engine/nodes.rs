@@ -52,7 +52,8 @@ pub fn live_node(ino: Ino, root: Ino) -> NodeId {
     }
 }
 
-/// The node of an object in snapshot `k`: both numbers side by side where they fit ([`PACKED`]), mixed to 60 bits beyond.
+/// The node of an object in snapshot `k`: both numbers side by side where they fit, below 2⁵³ if they can, and
+/// mixed to 60 bits beyond.
 pub fn snapshot_node(k: Epoch, ino: Ino) -> NodeId {
     let fits = |&&(_, inos, epochs): &&(u64, u32, u32)| ino.0 >> inos == 0 && k.0 >> epochs == 0;
     match PACKED.iter().find(fits) {
