@@ -342,6 +342,31 @@ fn a_journal_that_is_cut_short_is_noticed() {
     }
 }
 
+/// That something was durable does not mean that the index has it.
+#[test]
+fn damage_before_the_end_of_a_journal_that_was_closed_is_damage() {
+    for with_session in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = StoreOptions {
+            boot: with_session.then_some(7),
+            ..options()
+        };
+        let store = open(&dir, options.clone());
+        store.begin_session().unwrap();
+        store.record_snapshot(&snapshot(1)).unwrap();
+        let kept = (0..5).map(|i| store.keep_attr(Ino(i), Epoch(1), &attr(i as u32)));
+        let kept: Vec<Lsn> = kept.map(Result::unwrap).collect();
+        store.close().unwrap();
+        drop(store);
+        overwrite(&segments(&dir)[0], offset(kept[2]) + 30, &[0xee; 4]);
+        std::fs::remove_dir_all(dir.path().join("s/index")).unwrap();
+        let store = open(&dir, options);
+        let states: Vec<_> = store.snapshots().iter().map(|info| info.state).collect();
+        assert_eq!(states, [SnapshotState::Invalid], "{with_session}");
+        assert_eq!(store.damage().len(), 1);
+    }
+}
+
 /// An index that has lost a part of itself may bear numbers of cuts that nothing else tells of: they are spent (S2).
 #[test]
 fn no_cut_gets_a_number_that_the_index_bears() {

@@ -335,15 +335,15 @@ fn overlapping<'m>(source: &Path, mounts: &'m [MountEntry]) -> Option<&'m MountE
     mounts.find(|mount| mounted_at(mount).is_some_and(|other| meets(&other)))
 }
 
-/// What a cowfs mount is of, which the mount table need not say (`fsname=`); nothing for one of a snapshot, one that is dead
-/// and holds nothing, or one that hangs and cannot say.
+/// What a cowfs mount is of, which the mount table need not say (`fsname=`); nothing for one of a snapshot, or one that is dead
+/// and holds nothing.
 fn mounted_at(mount: &MountEntry) -> Option<PathBuf> {
-    match control::status_in_time(&mount.mountpoint)? {
-        Ok(status) if status.snapshot.is_some() => None,
-        Ok(status) => Some(status.source.into()),
-        Err(_) if rustix::fs::stat(&mount.mountpoint).err() == Some(Errno::NOTCONN) => None,
-        // Somebody else's, who lets nobody in.
-        Err(_) => Some(PathBuf::from(&mount.source)),
+    match control::status_in_time(&mount.mountpoint) {
+        Some(Ok(status)) if status.snapshot.is_some() => None,
+        Some(Ok(status)) => Some(status.source.into()),
+        Some(Err(_)) if rustix::fs::stat(&mount.mountpoint).err() == Some(Errno::NOTCONN) => None,
+        // Somebody else's, who lets nobody in, or one that hangs.
+        Some(Err(_)) | None => Some(PathBuf::from(&mount.source)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Failure, output};
 use crate::control;
+use crate::engine::nodes::is_in_snapshot;
 use crate::error::{Error, Result};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
@@ -121,8 +122,7 @@ fn check_snapshot(path: &Path) -> Result<()> {
     if control::status(&root)?.snapshot.is_some() {
         return Ok(());
     }
-    // The numbers of what is in a snapshot have the highest bit, those of the live tree never.
-    if stat(path)?.stx_ino >> 63 == 1 {
+    if is_in_snapshot(stat(path)?.stx_ino) {
         return Ok(());
     }
     Err(Error::Usage(format!(

@@ -321,10 +321,10 @@ impl Engine {
     /// fsync(2) of an open file: the journal first, as far as it guards this file, and then the file (C8).
     pub fn fsync(&self, file: &LiveFile, data_only: bool) -> Result<()> {
         self.pay_for(&file.object)?;
-        let done = self.backing.sync(file.fd(), data_only);
+        self.backing.sync(file.fd(), data_only)?;
         match self.unsettled.take_lost(file.object.ino()) {
-            Some(errno) => done.and(Err(errno.into())),
-            None => done,
+            Some(errno) => Err(errno.into()),
+            None => Ok(()),
         }
     }
 

@@ -69,6 +69,12 @@ pub fn node_through(through: Ino, k: Epoch, ino: Ino) -> NodeId {
     SNAPSHOT_BIT | MIXED_BIT | (mix(mixed(k, ino) ^ through.0) & (MIXED_BIT - 1))
 }
 
+/// Whether a number is that of an object in a snapshot: none of the live tree is.
+#[must_use]
+pub fn is_in_snapshot(node: NodeId) -> bool {
+    node & SNAPSHOT_BIT != 0 || SMALL.contains(&node)
+}
+
 fn mixed(k: Epoch, ino: Ino) -> u64 {
     mix(ino.0 ^ k.0.wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
@@ -500,12 +506,16 @@ mod tests {
             assert!(seen.insert(node), "{what}: {node:#x}");
         };
         for ino in &inos {
-            one(live_node(*ino, root), "live");
-            one(folder_node(live_node(*ino, root)), "folder");
+            let live = live_node(*ino, root);
+            one(live, "live");
+            one(folder_node(live), "folder");
+            assert!(!is_in_snapshot(live) && !is_in_snapshot(folder_node(live)));
             for k in epochs {
                 one(snapshot_node(k, *ino), "in a snapshot");
                 one(node_through(root, k, *ino), "through");
                 one(lost_node(k, *ino), "lost");
+                assert!(is_in_snapshot(snapshot_node(k, *ino)));
+                assert!(is_in_snapshot(node_through(root, k, *ino)));
                 let small = ino.0 < 1 << 32 && k.0 < 1 << 20 || ino.0 < 1 << 40 && k.0 < 1 << 11;
                 assert_eq!(snapshot_node(k, *ino) < 1 << 53, small, "{k:?} {ino:?}");
             }

@@ -76,11 +76,16 @@ fn finish_exchange(engine: &Engine, record: &Retained) -> Result<bool> {
     match engine.backing.find(fd.as_fd(), name)? {
         // What is replaced is empty; anything else is not what the record was about.
         Some(found) if found.entry.handle == record.handle && is_empty(engine, &found.entry)? => {
-            let flags = match record.whiteout {
-                true => RenameFlags::WHITEOUT,
-                false => RenameFlags::empty(),
-            };
-            engine.backing.retain(fd.as_fd(), name, record.ino, flags)?;
+            let retain = |flags| engine.backing.retain(fd.as_fd(), name, record.ino, flags);
+            match record.whiteout.then(|| retain(RenameFlags::WHITEOUT)) {
+                Some(Ok(())) => {}
+                // No room, or no whiteouts on this filesystem: the directory can be mounted all the same.
+                Some(Err(error)) => {
+                    log::warn!("the whiteout of an interrupted rename is not made: {error}");
+                    retain(RenameFlags::empty())?;
+                }
+                None => retain(RenameFlags::empty())?,
+            }
             Ok(true)
         }
         _ => Ok(false),

@@ -205,8 +205,10 @@ impl Engine {
             }
             match open(&self.backing, object) {
                 Ok(fd) => self.sync_open(object, &fd).inspect_err(|error| {
-                    let lost = &self.unsettled.lost;
-                    lost.lock().insert(object.ino, error.errno());
+                    if object.kind == libc::DT_REG {
+                        let lost = &self.unsettled.lost;
+                        lost.lock().insert(object.ino, error.errno());
+                    }
                 })?,
                 // Gone, and not retained: nothing shows it.
                 Err(Error::Os(Errno::STALE)) if self.backing.overrides_modes() => {}

@@ -169,10 +169,12 @@ impl Journal {
             // Asked first: if nothing can be appended any more, the end is final.
             let done = segment.is_done();
             segment.sync()?;
+            self.note_durable(&segment);
             // A seal vouches for all before it, so it is written only now. Without room for it the segment
             // stays open.
             if done && self.seal(&segment)? {
                 segment.sync()?;
+                self.note_durable(&segment);
                 finished.push(segment.number);
             }
         }

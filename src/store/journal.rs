@@ -120,6 +120,8 @@ pub(super) struct Journal {
     next: AtomicU32,
     /// The end of what recovery found, or of the last sealed segment of this process after it.
     ended: AtomicU64,
+    /// Up to where segments of this process were synced, 0 if none was.
+    durable: AtomicU64,
     appended: AtomicU64,
     pub(super) durability: Durability,
     pub(super) poison: Poison,
@@ -148,6 +150,7 @@ impl Journal {
             preface: Mutex::new(Arc::new(preface)),
             next: AtomicU32::new(next),
             ended: AtomicU64::new(recovered.0),
+            durable: AtomicU64::new(0),
             appended: AtomicU64::new(0),
             durability: Durability::default(),
             poison: Poison::default(),
@@ -521,16 +524,18 @@ impl Journal {
         *self.preface.lock() = Arc::new(table);
     }
 
-    /// Up to where the journal is durable; `None` if nothing was appended since it was opened.
+    /// Up to where the journal is durable; `None` if nothing was appended and synced since it was opened.
     pub(super) fn durable_end(&self) -> Option<Lsn> {
-        if self.appended() == 0 {
-            return None;
+        Some(Lsn(self.durable.load(Ordering::SeqCst))).filter(|end| end.0 > 0)
+    }
+
+    /// Notes how far a segment was synced.
+    pub(super) fn note_durable(&self, segment: &Segment) {
+        let synced = segment.synced.load(Ordering::SeqCst);
+        if synced > 0 {
+            let end = lsn_at(segment.number, synced);
+            self.durable.fetch_max(end.0, Ordering::SeqCst);
         }
-        let open = self.open.lock();
-        let synced = open
-            .iter()
-            .map(|segment| lsn_at(segment.number, segment.synced.load(Ordering::SeqCst)));
-        synced.chain([self.ended()]).max()
     }
 
     /// Records appended since the journal was opened.

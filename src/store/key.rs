@@ -142,6 +142,12 @@ impl Touch {
     }
 }
 
+/// The label of such a key, which may be damaged otherwise.
+pub(super) fn label_touched(key: &[u8]) -> Epoch {
+    let label = key.get(1..9).and_then(|bytes| bytes.try_into().ok());
+    Epoch(label.map_or(0, u64::from_be_bytes))
+}
+
 /// The keys of aspects touched under the labels `from..=to`.
 pub(super) fn touched(from: Epoch, to: Epoch) -> (Vec<u8>, Vec<u8>) {
     let end =

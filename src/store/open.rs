@@ -4,7 +4,7 @@ use super::count::Uncounted;
 use super::identity::{identify, make_dir};
 use super::index::{Index, MemoryIndex, SledIndex};
 use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
-use super::key::{self, IndexState, Touch, Usage, segment_of};
+use super::key::{self, IndexState, Usage, segment_of};
 use super::layers::Layers;
 use super::media::{FileMedia, Media, MediaFile, missing, name_of};
 use super::reclaim::Upkeep;
@@ -340,10 +340,11 @@ impl Recovery {
             let Some(file) = reading.media.open(number)? else {
                 continue;
             };
-            let mut durable = if number == first { offset } else { 0 };
-            if number == last {
-                durable = durable.max(durable_end);
-            }
+            let indexed = if number == first { offset } else { 0 };
+            let durable = match number == last {
+                true => indexed.max(durable_end),
+                false => indexed,
+            };
             let (uuid, log_area) = (reading.uuid, reading.log_area);
             let mut log = read_segment(file.as_ref(), number, uuid, durable, log_area)?;
             if reading.verify {
@@ -357,13 +358,14 @@ impl Recovery {
             if number == last && log.end < durable_end {
                 let what = "ends before what was durable of it";
                 out.damage.push(format!("{}: {what}", name_of(number)));
-                (out.lost, out.cut_short) = (true, true);
+                // No power cut takes what was reported as durable.
+                (out.cut_short, out.rotten) = (true, true);
             }
             if !log.records.is_empty() {
                 out.end = out.end.max(lsn_at(number, log.end));
             }
             // A seal vouches for what is before it: this is no work of a power cut.
-            out.rotten |= log.damage.iter().any(|(at, _)| *at >= durable);
+            out.rotten |= log.damage.iter().any(|(at, _)| *at >= indexed);
             out.lost |= out.rotten;
             out.damage
                 .extend(log.damage.iter().map(|(_, what)| what.clone()));
@@ -545,7 +547,7 @@ impl Recovery {
         // S2: an index that has lost a part of itself may bear numbers that neither it nor the journal tells of any more.
         let (from, to) = key::touched(highest.next(), Epoch(u64::MAX));
         index.scan(&from, &to, &mut |key, _| {
-            highest = highest.max(Touch::parse(key)?.label);
+            highest = highest.max(key::label_touched(key));
             Ok(true)
         })?;
         let mut changes: Vec<&Change> = Vec::new();

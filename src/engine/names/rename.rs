@@ -92,6 +92,10 @@ impl Engine {
         } else if flags.contains(RenameFlags::EXCHANGE) {
             return Err(Errno::NOENT.into());
         }
+        let whiteout_in = match at.how.whiteout().is_empty() {
+            true => None,
+            false => Some(self.object_fd(at.from_dir)?),
+        };
         op.keep_entry(at.from_dir, at.from)?;
         op.keep_entry(at.to_dir, at.to)?;
         for object in objects {
@@ -106,9 +110,13 @@ impl Engine {
                 self.move_name(at, flags)?; // I1
             }
         }
-        if flags.contains(RenameFlags::WHITEOUT) {
-            let dir = self.object_fd(at.from_dir)?;
-            self.adopt(&mut op, at.from_dir, dir.as_fd(), at.from, at.how.caller)?;
+        if let Some(dir) = whiteout_in {
+            // The rename is done, and must not be told to have failed, nor tried again. A whiteout that is not taken up
+            // counts as old: more is kept of it than need be.
+            let taken = self.adopt(&mut op, at.from_dir, dir.as_fd(), at.from, at.how.caller);
+            if let Err(error) = taken {
+                log::warn!("a whiteout is not taken up: {error}");
+            }
         }
         Ok(true)
     }
