@@ -210,13 +210,17 @@ class Cutter:
         return self
 
     def beside(self, job):
-        """Cuts until `job` has ended, which is stopped for each cut. Returns what `Job.wait` does."""
-        self.job = job
+        """Cuts until `job` has ended, which is stopped for each cut; once afterwards if it ended before the first.
+        Returns what `Job.wait` does."""
+        self.job, before = job, len(self.names)
         try:
             with self:
-                return job.wait()
+                outcome = job.wait()
         finally:
             job.kill()
+        if len(self.names) == before:
+            self.cut()
+        return outcome
 
     def __exit__(self, kind, *_):
         self._stop.set()
@@ -225,9 +229,12 @@ class Cutter:
             raise self._problem
 
     def _run(self):
+        # The first cuts come sooner, so that what is over within a period on a fast machine is cut as well.
+        pause = self.period / 16
         try:
-            while not self._stop.wait(self.period):
+            while not self._stop.wait(pause):
                 self.cut()
+                pause = min(2 * pause, self.period)
         except BaseException as problem:
             self._problem = problem if isinstance(problem, Failure) else Failure("cutting: %r" % problem)
             self._problem.__cause__ = problem

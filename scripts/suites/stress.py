@@ -81,13 +81,17 @@ ioengine=psync
 
 def fio(lab, options):
     """Verified writes: buffered, asynchronous, mapped and direct. Later rounds overwrite what snapshots show."""
-    size, rounds = (12, 2) if options.quick else (96, 3)
+    size, least = (12, 2) if options.quick else (96, 3)
     config = os.path.join(lab.dir, "fio.conf")
     with open(config, "w") as f:
         f.write(FIO % (lab.mnt, 2 * size, size, size, size))
     cutter = Cutter(lab, 0.7)
-    for number in range(rounds):
-        code, said = cutter.beside(Job(["fio", "--randseed=%d" % (number + 1), config], 600, cwd=lab.dir))
+    rounds = 0
+    while rounds < least or cutter.exact < least:
+        rounds += 1
+        if rounds > 20 * least:
+            raise Failure("%d snapshots were cut while fio stood still in %d rounds" % (cutter.exact, rounds))
+        code, said = cutter.beside(Job(["fio", "--randseed=%d" % rounds, config], 600, cwd=lab.dir))
         if code or re.search(r"verify: bad|err=[^ 0]", said):
             raise Failure("fio: exit code %d\n%s" % (code, said[-3000:]))
     return "%d rounds of 4 kinds of jobs; %s" % (rounds, cutter.verify())
