@@ -1,16 +1,14 @@
-//! The requests that change names, and attributes of which they make or remove one: carried out once, also if a server dies over one, and off the request threads where
-//! they have to wait.
+//! The requests that change names: carried out once, also if a server dies over one, and off the request threads
+//! where they have to wait.
 
-use super::convert::{caller, errno, file_attr, unprivileged};
-use super::intent::{Before, Intended};
+use super::convert::{caller, errno, file_attr};
+use super::intent::Before;
 use super::reply::answer;
 use super::writeback::Kind;
 use super::{Adapter, DELETE_PATIENCE, FOREVER, manages};
 use crate::engine::handle::OpenFile;
-use crate::engine::inventory::Intent;
 use crate::engine::names::Make;
 use crate::engine::nodes::Node;
-use crate::error::Error;
 use crate::ids::Ino;
 use fuser::{
     Errno, FileHandle, FopenFlags, Generation, INodeNo, RenameFlags, ReplyCreate, ReplyEmpty,
@@ -19,9 +17,6 @@ use fuser::{
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
-
-/// The extended attribute in which the kernel keeps a file's ACL (acl(5)).
-const ACL_XATTR: &str = "system.posix_acl_access";
 
 impl Adapter {
     /// Runs a change of names or attributes, which keeps something nearly always: on a thread of its own if it has
@@ -315,87 +310,5 @@ impl Adapter {
                 }
             },
         );
-    }
-
-    /// Sets an extended attribute. `kill` is for an ACL, whose setting may cost the file its setgid bit.
-    pub(super) fn set_attribute(
-        &self,
-        req: &Request,
-        ino: INodeNo,
-        (name, value): (&OsStr, &[u8]),
-        flags: i32,
-        reply: ReplyEmpty,
-    ) {
-        let (engine, node, caller) = (
-            self.engine.clone(),
-            self.reader.node(ino),
-            unprivileged(req),
-        );
-        let (name, value) = (name.to_os_string(), value.to_vec());
-        let made_once = flags & libc::XATTR_CREATE != 0;
-        let intent = made_once.then(|| self.intend(req, || self.attribute(ino, &name)));
-        let made = intent.as_ref().and_then(Intended::earlier);
-        let flags = match made {
-            // Whether an earlier server has made it or not, it was not there before the request.
-            Some(Intent { there: false, .. }) => flags & !libc::XATTR_CREATE,
-            _ => flags,
-        };
-        self.change(
-            || Kind::Locks(vec![ino.0]),
-            move || {
-                let done = node.and_then(|node| {
-                    let kill = match caller {
-                        Some(caller) if name == ACL_XATTR => {
-                            !caller.is_member(engine.getattr(&node, None)?.image.gid)
-                        }
-                        _ => false,
-                    };
-                    engine.setxattr(&node, name.as_bytes(), &value, flags, kill)
-                });
-                answer!(reply, done, () => reply.ok());
-                drop(intent);
-            },
-        );
-    }
-
-    /// Removes an extended attribute.
-    pub(super) fn remove_attribute(
-        &self,
-        req: &Request,
-        ino: INodeNo,
-        name: &OsStr,
-        reply: ReplyEmpty,
-    ) {
-        let (engine, node) = (self.engine.clone(), self.reader.node(ino));
-        let intent = self.intend(req, || self.attribute(ino, name));
-        let name = name.as_bytes().to_vec();
-        self.change(
-            || Kind::Locks(vec![ino.0]),
-            move || {
-                let done = node.and_then(|node| match engine.removexattr(&node, &name) {
-                    // An earlier server has removed it.
-                    Err(Error::Os(rustix::io::Errno::NODATA))
-                        if intent.earlier().is_some_and(|i| i.there) =>
-                    {
-                        Ok(())
-                    }
-                    done => done,
-                });
-                answer!(reply, done, () => reply.ok());
-                drop(intent);
-            },
-        );
-    }
-
-    /// Whether an object has an attribute.
-    fn attribute(&self, ino: INodeNo, name: &OsStr) -> Before {
-        let found = self
-            .reader
-            .node(ino)
-            .and_then(|node| self.engine.getxattr(&node, name.as_bytes()));
-        Before {
-            there: found.is_ok(),
-            ..Before::default()
-        }
     }
 }

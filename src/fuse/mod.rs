@@ -4,6 +4,7 @@
 //! long replies from a thread of its own.
 
 mod attach;
+mod attributes;
 mod change;
 mod convert;
 mod crew;

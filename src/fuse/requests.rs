@@ -1,11 +1,11 @@
 //! The requests of the live tree, as fuser hands them over: a few lines each.
 
-use super::convert::{decode_dev, errno, file_attr, set_time, timestamp, unprivileged};
+use super::convert::{decode_dev, errno, set_time, timestamp, unprivileged};
 use super::read::Reader;
 use super::reply::{answer, reply_absent, reply_xattr};
 use super::writeback::Kind;
 use super::{Adapter, FOREVER, HELPER_HANDLE, flush, manages, note_written, status};
-use crate::engine::attr::{SetAttr, SetTime};
+use crate::engine::attr::SetAttr;
 use crate::engine::creds::Unprivileged;
 use crate::engine::handle::{LiveFile, OpenFile};
 use crate::engine::names::Make;
@@ -122,70 +122,7 @@ impl Filesystem for Adapter {
             atime: atime.map(set_time),
             mtime: mtime.map(set_time),
         };
-        let (engine, node, caller) = (
-            self.engine.clone(),
-            self.reader.node(ino),
-            unprivileged(req),
-        );
-        let file = fh.and_then(|fh| self.reader.file(fh).ok());
-        let ttl = self.unasked();
-        let times_alone = SetAttr {
-            mtime: set.mtime,
-            ..SetAttr::default()
-        } == set;
-        if let (Some(gate), Some(file), true) = (&self.gate, &file, times_alone)
-            && let (OpenFile::Live(_), Some(SetTime::At(mtime))) = (&**file, set.mtime)
-        {
-            let ctime = ctime.map_or(mtime, timestamp);
-            return self.kernel_time(gate, file.clone(), (mtime, ctime), reply);
-        }
-        // What is stored through a mapping and comes later would set the time anew.
-        let comes_later = self.gate.is_none()
-            && size.is_none()
-            && matches!(set.mtime, Some(SetTime::At(_)))
-            && node
-                .as_ref()
-                .is_ok_and(|node| self.engine.may_be_mapped(node));
-        let gate = self.gate.clone().filter(|_| times_alone);
-        let change = move || {
-            let done = node.and_then(|node| engine.setattr(&node, &set, file.as_deref(), caller));
-            drop(file);
-            if let Some(gate) = gate {
-                gate.note_change(ino.0);
-            }
-            answer!(reply, done, attr => reply.attr(&ttl, &file_attr(&attr, attr.shown)));
-        };
-        if comes_later {
-            let cleaner = self.cleaner.clone();
-            return self.cleaning.run(move || {
-                if let Err(error) = cleaner.clean(ino.0) {
-                    log::warn!("a file that is mapped may not keep the time that is set: {error}");
-                }
-                change();
-            });
-        }
-        let Some(gate) = &self.gate else {
-            // Cutting a file short may have to keep much of it.
-            return match size {
-                Some(_) => self.blocking.run(change),
-                None => self.dispatch(change),
-            };
-        };
-        if times_alone && self.is_helper(req) {
-            gate.advance();
-            return self.dispatch(change);
-        }
-        let kind = move || match times_alone {
-            true => Kind::Times,
-            false => Kind::Locks(vec![ino.0]),
-        };
-        match size {
-            Some(_) => {
-                let blocking = self.blocking.clone();
-                gate.pass(kind, move |_| blocking.run(change));
-            }
-            None => self.change(kind, change),
-        }
+        self.set_attributes(req, ino, set, ctime.map(timestamp), fh, reply);
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
