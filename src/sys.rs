@@ -367,6 +367,27 @@ pub fn device(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
     Ok(makedev(what.stx_dev_major, what.stx_dev_minor))
 }
 
+/// The number of a btrfs (`BTRFS_IOC_FS_INFO` of linux/btrfs.h).
+///
+/// # Errors
+/// Those of the call; `ENOTTY` on another filesystem.
+pub fn btrfs_id(fd: BorrowedFd<'_>) -> Result<u128, Errno> {
+    const FS_INFO: libc::c_ulong = 0x8400_941f;
+    /// `fsid` in `struct btrfs_ioctl_fs_info_args`, after two numbers of 8 bytes.
+    const FSID: usize = 16;
+    let mut info = [0_u64; 1024 / 8];
+    // SAFETY: the request writes the 1024 bytes of its argument, which is as long and aligned to 8 bytes, as its
+    // structure asks, and keeps nothing of it.
+    let done = unsafe { libc::ioctl(fd.as_raw_fd(), FS_INFO as _, info.as_mut_ptr()) };
+    if done < 0 {
+        return Err(last_errno());
+    }
+    // Bytes, the first of which stands first.
+    let [high, low] =
+        [info[FSID / 8], info[FSID / 8 + 1]].map(|half| u64::from_be_bytes(half.to_ne_bytes()));
+    Ok(u128::from(high) << 64 | u128::from(low))
+}
+
 /// The path under which the kernel offers an open descriptor, for calls that take no descriptor or refuse
 /// one opened with `O_PATH` (proc(5), `/proc/self/fd`).
 pub fn fd_path(fd: impl AsFd) -> PathBuf {

@@ -91,6 +91,9 @@ fn a_server_that_fails_after_the_end_of_its_mount_is_not_replaced() {
     fs::write(mount.mnt.join("f"), "old").unwrap();
     mount.snapshot("s");
     fs::write(mount.mnt.join("f"), "new").unwrap();
+    // What this server keeps is in a file of the journal that it made, and that of "f" in one that it has not opened yet.
+    mount.remount();
+    fs::write(mount.mnt.join("kept now"), "").unwrap();
     let device = on_disk("SOURCE").replace("/dev/", "");
     fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
     assert!(fs::write(mount.mnt.join("g"), "too late").is_err());

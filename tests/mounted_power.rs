@@ -128,3 +128,45 @@ fn snapshots_in_doubt_say_so_and_others_do_not() {
     let expected = [suspect("k"), suspect("l"), ("m".into(), "ok".into())];
     assert_eq!(states(&mount), expected);
 }
+
+/// A filesystem that fails loses what was not synced, and the machine stays up.
+#[test]
+fn a_filesystem_that_failed_and_was_mounted_anew() {
+    for kind in ["ext4", "xfs"] {
+        let mount = Mount::on_disk_of(&format!("failed-{kind}"), LIMIT, kind, 400);
+        let tool = |program: &str, args: &[&str], path: &Path| {
+            run(Command::new(program).args(args).arg(path), LIMIT).success(program);
+        };
+        let disk = mount.backing.parent().unwrap();
+        // So that the directory itself is not lost.
+        tool("sync", &["-f"], disk);
+        fs::write(mount.mnt.join("file"), [1; 10_000]).unwrap();
+        let other = File::create(mount.mnt.join("other")).unwrap();
+        mount.snapshot("k");
+        // By which its cut becomes durable, and the first file does not.
+        other.write_all_at(b"x", 0).unwrap();
+        other.sync_all().unwrap();
+        drop(other);
+        match kind {
+            "xfs" => tool("xfs_io", &["-x", "-c", "shutdown"], disk),
+            _ => tool("mount", &["-o", "remount,abort"], disk),
+        }
+        mount.umount();
+        tool("umount", &[], disk);
+        let image = mount.root.join("disk.img");
+        let mut again = Command::new("mount");
+        run(again.args(["-o", "loop"]).arg(image).arg(disk), LIMIT).success("mount");
+        mount.mount();
+        let found = states(&mount);
+        assert_eq!(found, [("k".into(), "suspect".into())], "{kind}");
+        // An orderly end leaves nothing in doubt, however often the filesystem is mounted.
+        mount.snapshot("l");
+        mount.umount();
+        tool("umount", &[], disk);
+        let mut again = Command::new("mount");
+        let image = mount.root.join("disk.img");
+        run(again.args(["-o", "loop"]).arg(image).arg(disk), LIMIT).success("mount");
+        mount.mount();
+        assert!(states(&mount).contains(&("l".into(), "ok".into())));
+    }
+}

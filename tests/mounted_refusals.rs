@@ -291,8 +291,112 @@ fn a_copy_of_a_directory_with_its_store_is_refused() {
         cowfs(&words(&["umount"], &[&mount.mnt])).success("umount");
         assert_eq!(kept.unwrap(), b"old");
         fs::rename(&moved, &mount.backing).unwrap();
+        // Nor does a store belong to the directory that its folder was moved to.
+        let other = mount.backing.with_file_name("other");
+        fs::create_dir(&other).unwrap();
+        fs::rename(mount.backing.join(".cowfs"), other.join(".cowfs")).unwrap();
+        refused(&words(&["mount"], &[&other, &mount.mnt]), 6, &["was moved"]);
+        refused(&words(&["check"], &[&other]), 6, &["was moved"]);
+        fs::rename(other.join(".cowfs"), mount.backing.join(".cowfs")).unwrap();
         mount.mount();
     }
+}
+
+/// Files that a backup tool puts back are others than those that snapshots are of, though the folder is the same.
+#[test]
+fn a_directory_put_back_in_its_place_with_its_store_is_refused() {
+    let mount = Mount::new("put-back", LIMIT);
+    let backup = mount.root.join("backup");
+    let rsync = |from: &Path, to: &Path| {
+        let mut rsync = Command::new("rsync");
+        let from = from.join("");
+        run(
+            rsync
+                .args(["-aHAX", "--modify-window=-1", "--delete"])
+                .args([&from, to]),
+            LIMIT,
+        )
+        .success("rsync");
+    };
+    fs::write(mount.mnt.join("f"), "version 1").unwrap();
+    mount.snapshot("s");
+    fs::write(mount.mnt.join("f"), "version two").unwrap();
+    mount.umount();
+    rsync(&mount.backing, &backup);
+    // Put back over what it is of, it changes nothing.
+    rsync(&backup, &mount.backing);
+    mount.mount();
+    let kept = fs::read(mount.snapshot_path("s").join("f")).unwrap();
+    assert_eq!(kept, b"version 1");
+    fs::write(mount.mnt.join("f"), "version number three").unwrap();
+    mount.umount();
+    rsync(&backup, &mount.backing);
+    for command in [
+        words(&["mount"], &[&mount.backing, &mount.mnt]),
+        words(&["check"], &[&mount.backing]),
+    ] {
+        refused(&command, 6, &["put back from a backup", "destroy --yes"]);
+    }
+    cowfs(&words(&["destroy", "--yes"], &[&mount.backing])).success("destroy");
+    mount.mount();
+    let live = fs::read(mount.mnt.join("f")).unwrap();
+    assert_eq!(live, b"version two");
+}
+
+/// A session file that is lost makes snapshots suspect, once, and the one that takes its place is no other store's.
+#[test]
+fn a_lost_session_file_is_no_older_store() {
+    let mount = Mount::new("no-session", LIMIT);
+    mount.snapshot("s");
+    mount.umount();
+    fs::remove_file(mount.backing.join(".cowfs/store/journal/session")).unwrap();
+    for _ in 0..2 {
+        mount.mount();
+        let list = cowfs(&words(&["snapshot", "list"], &[&mount.mnt])).success("list");
+        assert!(list.stdout.contains("suspect"), "{}", list.stdout);
+        mount.umount();
+    }
+    mount.mount();
+}
+
+/// btrfs numbers objects in the order in which they are made, so that two filesystems can have the same handles.
+#[test]
+fn a_directory_restored_to_another_btrfs_is_refused() {
+    let mount = Mount::on_disk_of("twins", LIMIT, "btrfs", 400);
+    mount.umount();
+    let run_on = |program: &str, args: &[&str], paths: &[&Path]| {
+        run(Command::new(program).args(args).args(paths), LIMIT).success(program);
+    };
+    let disks = ["one", "two"].map(|name| mount.root.join(name));
+    for disk in &disks {
+        let image = disk.with_extension("img");
+        fs::create_dir(disk).unwrap();
+        fs::File::create(&image)
+            .unwrap()
+            .set_len(400 << 20)
+            .unwrap();
+        run_on("mkfs.btrfs", &["-q"], &[&image]);
+        run_on("mount", &["-o", "loop"], &[&image, disk]);
+    }
+    let outcome = std::panic::catch_unwind(|| {
+        let [source, copy] = [disks[0].join("d"), disks[1].join("d")];
+        fs::create_dir(&source).unwrap();
+        cowfs(&words(&["mount"], &[&source, &mount.mnt])).success("mount");
+        fs::write(mount.mnt.join("f"), "old").unwrap();
+        fs::create_dir(mount.mnt.join(".snapshots/s")).unwrap();
+        fs::write(mount.mnt.join("f"), "new").unwrap();
+        cowfs(&words(&["umount"], &[&mount.mnt])).success("umount");
+        run_on("cp", &["-a"], &[&source, &copy]);
+        refused(&words(&["mount"], &[&copy, &mount.mnt]), 6, &["a copy"]);
+    });
+    for disk in &disks {
+        // What is mounted there is told of by the outcome.
+        let _ = unmount(disk, UnmountFlags::DETACH);
+    }
+    if let Err(panic) = outcome {
+        std::panic::resume_unwind(panic);
+    }
+    mount.mount();
 }
 
 /// The first stores do not say which directory they are of. It is noted at the next mount, or, on a full disk, later.
@@ -304,12 +408,12 @@ fn a_store_that_does_not_say_whose_it_is() {
     let hidden = mount.backing.join(".cowfs");
     let (mark, new) = (hidden.join("store-id"), hidden.join(".tmp-store-id"));
     let lines = || fs::read_to_string(&mark).unwrap().lines().count();
-    assert_eq!(lines(), 2);
+    assert_eq!(lines(), 5);
     let text = fs::read_to_string(&mark).unwrap();
     fs::write(&mark, &text[..33]).unwrap();
     // In the way of writing.
     fs::create_dir(&new).unwrap();
-    for expected in [1, 2] {
+    for expected in [1, 5] {
         mount.mount();
         assert!(mount.mnt.join(".snapshots/s").is_dir());
         mount.umount();
@@ -501,6 +605,22 @@ fn overlapping_sources_are_refused() {
     }
     inside.success("mount of what is mounted on itself");
     assert_eq!(around.status.code(), Some(3), "{}", around.stderr);
+    // Seen from elsewhere.
+    cowfs(&words(&["mount"], &[&mount.backing, &at])).success("mount");
+    for place in [&inner, &mount.root] {
+        let mut bind = Command::new("mount");
+        run(bind.arg("--bind").args([place, &twin]), LIMIT).success("mount --bind");
+        let source = if place == &inner {
+            twin.clone()
+        } else {
+            twin.join("backing/inner")
+        };
+        let seen = cowfs(&words(&["mount"], &[&source, &mount.mnt]));
+        let _ = unmount(&mount.mnt, UnmountFlags::DETACH);
+        unmount(&twin, UnmountFlags::DETACH).unwrap();
+        assert_eq!(seen.status.code(), Some(3), "{}", seen.stderr);
+    }
+    cowfs(&words(&["umount"], &[&at])).success("umount");
     // Another filesystem in it is not entered.
     let mut tmpfs = Command::new("mount");
     let other = mount.backing.join("other");

@@ -313,19 +313,26 @@ fn with_parent(path: &Path) -> std::io::Result<PathBuf> {
 }
 
 /// A mount of a directory that contains `source` or lies in it, with no other filesystem in between: one would change what the
-/// other keeps, behind its back.
+/// other keeps, behind its back. Told by where they are in their filesystems: by path, a bind mount or a second mount of the
+/// same disk would hide it.
 fn overlapping<'m>(source: &Path, mounts: &'m [MountEntry]) -> Option<&'m MountEntry> {
-    let plain = || mounts.iter().filter(|mount| !mount.is_cowfs());
-    let device_of = |place: &Path| {
-        let holds = plain().filter(|mount| place.starts_with(&mount.mountpoint));
-        let last = holds.max_by_key(|mount| mount.mountpoint.as_os_str().len());
-        last.map(|mount| &mount.device)
+    let place_of = |path: &Path| {
+        let plain = mounts.iter().filter(|mount| !mount.is_cowfs());
+        let inside =
+            plain.filter_map(|mount| Some((mount, path.strip_prefix(&mount.mountpoint).ok()?)));
+        let last = inside.max_by_key(|(mount, _)| mount.mountpoint.as_os_str().len());
+        match last {
+            Some((mount, inner)) => (Some(&mount.device), mount.root.join(inner)),
+            None => (None, path.to_path_buf()),
+        }
     };
-    // What lies in the one is of the other's filesystem; a bind mount in between is no other.
-    let within = |outer: &Path, inner: &Path| {
-        inner != outer && inner.starts_with(outer) && device_of(inner) == device_of(outer)
+    let own = place_of(source);
+    let meets = |other: &Path| {
+        let other = place_of(other);
+        own.0 == other.0
+            && own.1 != other.1
+            && (own.1.starts_with(&other.1) || other.1.starts_with(&own.1))
     };
-    let meets = |other: &Path| within(source, other) || within(other, source);
     // Others are not asked: to ask makes a mount busy for a moment, for those who unmount it.
     let may_meet = |mount: &&MountEntry| {
         let named = Path::new(&mount.source);

@@ -5,6 +5,7 @@ use super::Engine;
 use super::backing::{Backing, Reach};
 use super::nodes::Node;
 use super::pairing;
+use super::session;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::store::{
@@ -20,13 +21,6 @@ const HIDDEN_FILES: [&str; 5] = ["lock", "retained", "orphans", "store", "store-
 /// What is in a store.
 const STORE_FILES: [&str; 5] = ["format", "journal", "index", "index.bad", "reserve"];
 
-fn options() -> Result<StoreOptions> {
-    Ok(StoreOptions {
-        boot: Some(crate::store::boot_id()?),
-        ..StoreOptions::default()
-    })
-}
-
 /// A directory that nobody has mounted, with its store.
 struct Unmounted {
     backing: Backing,
@@ -41,7 +35,7 @@ struct Unmounted {
 /// Damage is no error.
 pub fn examine(source: &Path, elsewhere: Option<&Path>) -> Result<CheckReport> {
     let place = Unmounted::open(source, elsewhere)?;
-    let examined = Store::examine(&place.store, options()?)?;
+    let examined = Store::examine(&place.store, place.options()?)?;
     pairing::check_store(&place.hidden, &examined.store, &place.store)?;
     let mut report = examined.store.check(false)?;
     place.rest(&examined.store, &mut report, None)?;
@@ -56,10 +50,10 @@ pub fn examine(source: &Path, elsewhere: Option<&Path>) -> Result<CheckReport> {
 pub fn repair(source: &Path, elsewhere: Option<&Path>) -> Result<(Vec<String>, CheckReport)> {
     let place = Unmounted::open(source, elsewhere)?;
     // A directory is not to get a store by being repaired, nor the store of another one.
-    let examined = Store::examine(&place.store, options()?)?;
+    let examined = Store::examine(&place.store, place.options()?)?;
     pairing::check_store(&place.hidden, &examined.store, &place.store)?;
     drop(examined);
-    let (store, mut done) = Store::repair(&place.store, options()?)?;
+    let (store, mut done) = Store::repair(&place.store, place.options()?)?;
     place.rest(&store, &mut CheckReport::default(), Some(&mut done))?;
     store.close()?;
     drop(store);
@@ -68,6 +62,13 @@ pub fn repair(source: &Path, elsewhere: Option<&Path>) -> Result<(Vec<String>, C
 }
 
 impl Unmounted {
+    fn options(&self) -> Result<StoreOptions> {
+        Ok(StoreOptions {
+            boot: Some(session::boot(&self.backing, &self.store)?),
+            ..StoreOptions::default()
+        })
+    }
+
     fn open(source: &Path, elsewhere: Option<&Path>) -> Result<Self> {
         let source = std::fs::canonicalize(source)
             .map_err(|e| Error::io("cannot open the directory", source, &e))?;

@@ -24,6 +24,7 @@ pub mod room;
 mod run;
 pub mod session;
 pub mod snapshot;
+mod superblock;
 mod times;
 mod unsettled;
 pub mod upkeep;
@@ -34,7 +35,7 @@ use crate::config::{Durability, SpacePolicy};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
 use crate::store::media::Media;
-use crate::store::{self, EntryImage, Store, StoreOptions};
+use crate::store::{EntryImage, Store, StoreOptions};
 use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
 use backing::Backing;
 pub use backing::{Call, Change, Failure, Faults, Reach, Witness};
@@ -186,9 +187,11 @@ impl Engine {
             None => backing.path.join(".cowfs/store"),
         };
         pairing::check(&backing, &store_path, &shown)?;
+        pairing::forget_lost_session(&backing, &store_path)?;
+        let boot = || session::boot(&backing, &store_path);
         let tuning = StoreOptions {
             known: Some(shown.clone()),
-            boot: Some(options.tuning.boot.map_or_else(store::boot_id, Ok)?),
+            boot: Some(options.tuning.boot.map_or_else(boot, Ok)?),
             ..options.tuning
         };
         let opened = match options.media {
@@ -196,7 +199,7 @@ impl Engine {
             None => Store::open(&store_path, tuning),
         };
         let store = opened.map_err(|error| backing.named(error))?;
-        pairing::pair(&backing, &store, &shown)?;
+        pairing::pair(&backing, &store, &store_path, &shown)?;
         let root = backing.root_entry().ino;
         if root.0 >= nodes::INO_MAX {
             return Err(Error::Source {

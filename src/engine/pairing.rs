@@ -4,19 +4,30 @@
 //! objects, is in the directory. So `.cowfs/store-id` says which store belongs to the directory, and which directory that
 //! was written for: of a copy, or what was restored from one, the snapshots would show what happens to have these numbers.
 
-use super::backing::Backing;
+use super::backing::{self, Backing};
 use crate::error::{Error, Result};
-use crate::store::{ObjectHandle, Store};
-use std::fmt::Write as _;
+use crate::store::{ObjectHandle, Store, Timestamp};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-/// What stands in `.cowfs/store-id`: a line for the store, and one for the directory, which the first stores do not have.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What stands in `.cowfs/store-id`, a line each; the first stores have the first alone, later ones two.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Mark {
+    /// The store's uuid.
     store: u128,
-    directory: Option<ObjectHandle>,
+    /// The handle of `.cowfs`.
+    hidden: Option<ObjectHandle>,
+    /// When `.cowfs` was made, which nobody can set: on btrfs two filesystems give the same handles.
+    born: Option<Timestamp>,
+    /// The handle of the directory: `.cowfs` may have been moved into another.
+    root: Option<ObjectHandle>,
+    /// The handle of the store's session file, which changes with each session: who puts an older store back over a
+    /// newer one by name makes it anew.
+    session: Option<ObjectHandle>,
 }
 
 impl Mark {
@@ -35,43 +46,125 @@ impl Mark {
         }
     }
 
+    /// That of this directory, with a store that is in use.
+    fn of(backing: &Backing, store: &Store, at: &Path) -> Result<Self> {
+        Ok(Self {
+            store: store.uuid(),
+            hidden: Some(backing.hidden_handle()?),
+            born: backing.hidden_birth()?,
+            root: Some(backing.root_entry().handle.clone()),
+            session: session_of(at)?.map(|(handle, _)| handle),
+        })
+    }
+
     fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines();
-        let store = u128::from_str_radix(lines.next()?, 16).ok()?;
-        let directory = match lines.next() {
-            None => None,
-            Some(line) => {
-                let (kind, bytes) = line.split_once(':')?;
-                let digits = bytes.as_bytes().chunks(2);
-                let byte = |two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok();
-                Some(ObjectHandle {
-                    kind: i32::from_str_radix(kind, 16).ok()?,
-                    bytes: digits.map(byte).collect::<Option<Vec<u8>>>()?.into(),
-                })
-            }
+        let mut mark = Self {
+            store: u128::from_str_radix(lines.next()?, 16).ok()?,
+            hidden: match lines.next() {
+                Some(line) => Some(parse_handle(line)?),
+                None => None,
+            },
+            ..Self::default()
         };
-        Some(Self { store, directory })
+        for line in lines {
+            // Later programs may say more.
+            match line.split_once(' ')? {
+                ("born", time) => mark.born = Some(parse_time(time)?),
+                ("root", handle) => mark.root = Some(parse_handle(handle)?),
+                ("session", handle) => mark.session = Some(parse_handle(handle)?),
+                _ => {}
+            }
+        }
+        Some(mark)
     }
 
     fn text(&self) -> String {
         let mut text = format!("{:032x}\n", self.store);
-        if let Some(handle) = &self.directory {
-            // Writing to a String does not fail.
-            let _ = write!(text, "{:x}:", handle.kind);
-            for byte in &*handle.bytes {
-                let _ = write!(text, "{byte:02x}");
-            }
-            text.push('\n');
-        }
+        let handle = |handle: &ObjectHandle| {
+            let digits: String = handle
+                .bytes
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
+            format!("{:x}:{digits}\n", handle.kind)
+        };
+        text.extend(self.hidden.as_ref().map(handle));
+        let born = self
+            .born
+            .map(|at| format!("born {}.{:09}\n", at.sec, at.nsec));
+        text.extend(born);
+        text.extend(
+            self.root
+                .as_ref()
+                .map(|root| format!("root {}", handle(root))),
+        );
+        text.extend(
+            self.session
+                .as_ref()
+                .map(|file| format!("session {}", handle(file))),
+        );
         text
     }
 
     /// Whether it was written for this directory.
     fn is_of(&self, backing: &Backing) -> Result<bool> {
-        match &self.directory {
-            Some(handle) => backing.is_hidden_dir(handle),
-            None => Ok(true),
+        let hidden = match &self.hidden {
+            Some(handle) => backing.is_hidden_dir(handle)?,
+            None => true,
+        };
+        let root = match &self.root {
+            Some(handle) => backing.is_root(handle)?,
+            None => true,
+        };
+        let born = match (self.born, backing.hidden_birth()?) {
+            (Some(noted), Some(found)) => noted == found,
+            _ => true,
+        };
+        Ok(hidden && root && born)
+    }
+
+    /// Whether the store at `at` is the one that was last in use here, and not an older state of it. One without a
+    /// session file knows nothing of the last session, which makes all snapshots suspect.
+    fn is_last(&self, at: &Path) -> Result<bool> {
+        match (&self.session, session_of(at)?) {
+            (Some(known), Some((_, file))) => backing::is_object(file.as_fd(), known, file.as_fd()),
+            _ => Ok(true),
         }
+    }
+}
+
+fn parse_handle(text: &str) -> Option<ObjectHandle> {
+    let (kind, bytes) = text.split_once(':')?;
+    let digits = bytes.as_bytes().chunks(2);
+    let byte = |two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok();
+    Some(ObjectHandle {
+        kind: i32::from_str_radix(kind, 16).ok()?,
+        bytes: digits.map(byte).collect::<Option<Vec<u8>>>()?.into(),
+    })
+}
+
+fn parse_time(text: &str) -> Option<Timestamp> {
+    let (sec, nsec) = text.split_once('.')?;
+    Some(Timestamp {
+        sec: sec.parse().ok()?,
+        nsec: nsec.parse().ok()?,
+    })
+}
+
+/// The session file of the store at `at` and its handle, if there is one and its filesystem has handles.
+fn session_of(at: &Path) -> Result<Option<(ObjectHandle, OwnedFd)>> {
+    let path = at.join("journal/session");
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(&path, flags, Mode::empty()) {
+        Ok(file) => file,
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+        Err(errno) => return Err(Error::path("cannot open", &path, errno)),
+    };
+    match backing::handle_of(file.as_fd()) {
+        Ok(handle) => Ok(Some((handle, file))),
+        Err(Error::Os(Errno::OPNOTSUPP)) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -89,8 +182,10 @@ fn refusal(store: &Path, why: &str) -> Error {
     }
 }
 
-const OF_ANOTHER: &str = "is that of another directory, of which this one is a copy: its snapshots cannot be read here. \
-    `cowfs destroy --yes` makes it a plain directory";
+const OF_ANOTHER: &str = "is that of another directory, of which this one is a copy, or from which its .cowfs was moved: the \
+    snapshots cannot be read here. `cowfs destroy --yes` makes it a plain directory";
+const PUT_BACK: &str = "was put back from a backup: its snapshots are of files that are not here. \
+    `cowfs destroy --yes` makes the directory a plain one";
 const ELSEWHERE: &str = "is not the store of this directory, whose snapshots are kept elsewhere; pass the same store= as before \
     (or give them up: `cowfs destroy --yes`)";
 
@@ -104,8 +199,28 @@ pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
         None => Ok(()),
         Some(mark) if !mark.is_of(backing)? => Err(refusal(shown, OF_ANOTHER)),
         Some(_) if !Store::is_at(store) => Err(refusal(shown, ELSEWHERE)),
+        Some(mark) if !mark.is_last(store)? => Err(refusal(shown, PUT_BACK)),
         Some(_) => Ok(()),
     }
+}
+
+/// To be called before the store at `at` is opened, which makes a session file where there is none: what is noted of one
+/// that is gone must not outlive it, or the new one would be refused.
+///
+/// # Errors
+/// Those of writing.
+pub fn forget_lost_session(backing: &Backing, at: &Path) -> Result<()> {
+    let hidden = backing.hidden_path();
+    let forgotten = match Mark::read(&hidden)? {
+        Some(mark) if mark.session.is_some() && session_of(at)?.is_none() => Mark {
+            session: None,
+            ..mark
+        },
+        _ => return Ok(()),
+    };
+    let path = path_of(&hidden);
+    write_durably(&path, forgotten.text().as_bytes())
+        .map_err(|e| backing.named(Error::io("cannot write", &path, &e)))
 }
 
 /// Whether the directory and the store, which is at `at`, belong together; `hidden` is the directory's `.cowfs`.
@@ -124,30 +239,27 @@ pub fn check_store(hidden: &Path, store: &Store, at: &Path) -> Result<()> {
     }
 }
 
-/// As [`check_store`], and notes that they do belong together the first time.
+/// As [`check_store`], and notes that they do belong together. `shown` is what the user calls the store at `at`.
 ///
 /// # Errors
 /// As [`check_store`], and those of writing.
-pub fn pair(backing: &Backing, store: &Store, at: &Path) -> Result<()> {
-    pair_in(backing, store, at).map_err(|error| backing.named(error))
+pub fn pair(backing: &Backing, store: &Store, at: &Path, shown: &Path) -> Result<()> {
+    pair_in(backing, store, at, shown).map_err(|error| backing.named(error))
 }
 
-fn pair_in(backing: &Backing, store: &Store, at: &Path) -> Result<()> {
+fn pair_in(backing: &Backing, store: &Store, at: &Path, shown: &Path) -> Result<()> {
     let hidden = backing.hidden_path();
-    check_store(&hidden, store, at)?;
-    let mark = Mark {
-        store: store.uuid(),
-        directory: Some(backing.hidden_handle()?),
-    };
+    check_store(&hidden, store, shown)?;
+    let mark = Mark::of(backing, store, at)?;
     let path = path_of(&hidden);
     match Mark::read(&hidden)? {
-        Some(old) if old.directory.is_some() => Ok(()),
+        Some(old) if old == mark => Ok(()),
         Some(_) => {
             // It was good enough so far, and the disk may be full.
             if let Err(error) = write_durably(&path, mark.text().as_bytes()) {
                 log::warn!(
                     "{}: that it is of this directory cannot be noted: {error}",
-                    at.display()
+                    shown.display()
                 );
             }
             Ok(())
@@ -180,23 +292,43 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         for bytes in [vec![], vec![0], vec![1, 0xfe, 0x80]] {
-            let directory = Some(ObjectHandle {
+            let handle = ObjectHandle {
                 kind: 0x81,
                 bytes: bytes.into(),
-            });
+            };
             let mark = Mark {
                 store: 5 << 100,
-                directory,
+                hidden: Some(handle.clone()),
+                ..Mark::default()
             };
-            assert_eq!(Mark::parse(&mark.text()), Some(mark));
+            assert_eq!(Mark::parse(&mark.text()).as_ref(), Some(&mark));
+            let whole = Mark {
+                born: Some(Timestamp { sec: -3, nsec: 7 }),
+                root: Some(handle.clone()),
+                session: Some(handle),
+                ..mark
+            };
+            assert_eq!(Mark::parse(&whole.text()).as_ref(), Some(&whole));
+            let more = whole.text() + "planet earth\n";
+            assert_eq!(Mark::parse(&more), Some(whole));
         }
         let alone = Mark {
             store: u128::MAX,
-            directory: None,
+            ..Mark::default()
         };
         assert_eq!(alone.text().len(), 33);
         assert_eq!(Mark::parse(&alone.text()), Some(alone));
-        for damaged in ["", "\n", "x\n", "1\n81\n", "1\n81:0g\n", "1\n:00\n"] {
+        for damaged in [
+            "",
+            "\n",
+            "x\n",
+            "1\n81\n",
+            "1\n81:0g\n",
+            "1\n:00\n",
+            "1\n81:00\nroot\n",
+            "1\n81:00\nroot 81\n",
+            "1\n81:00\nborn 7\n",
+        ] {
             assert_eq!(Mark::parse(damaged), None, "{damaged:?}");
         }
     }

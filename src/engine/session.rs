@@ -5,12 +5,14 @@
 //! held at the cut was durable once (*settled*). Under `strict` both are so before anybody is told that the
 //! snapshot exists. Under `ordered` both come later, in the background, and until then the session file says so.
 
-use super::Engine;
+use super::backing::Backing;
+use super::{Engine, superblock};
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
-use crate::store::{SnapshotState, Store};
+use crate::store::{self, SnapshotState, Store};
 use crate::sync::Arc;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long nothing must have been appended before the session is made clean: while writers go on, the next
@@ -31,6 +33,17 @@ pub(super) struct Watch {
     unsettled: Option<Instant>,
 }
 
+/// The number by which a session knows that nothing which it did not sync was lost since: that of the machine's boot, with
+/// those of the present mountings of the two filesystems.
+///
+/// # Errors
+/// As [`store::boot_id`].
+pub(super) fn boot(backing: &Backing, store: &Path) -> Result<u128> {
+    let own = superblock::mounting(backing.root()).unwrap_or(0);
+    let of_store = superblock::mounting_at(store).unwrap_or(0);
+    Ok(store::boot_id()? ^ u128::from(own) ^ u128::from(of_store) << 64)
+}
+
 /// Begins the session; says in the log what has become suspect.
 pub(super) fn begin(store: &Store) -> Result<()> {
     let suspect = store.begin_session()?;
@@ -41,7 +54,9 @@ pub(super) fn begin(store: &Store) -> Result<()> {
             .collect();
         let why = match (store.damage().is_empty(), store.went_down()) {
             (false, _) => "the journal is damaged",
-            (true, true) => "the machine went down while the mount was in use",
+            (true, true) => {
+                "the machine went down, or the filesystem was mounted anew, while the mount was in use"
+            }
             (true, false) => "the record of the last session is missing",
         };
         log::warn!(

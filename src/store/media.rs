@@ -79,7 +79,7 @@ impl FileMedia {
     }
 
     fn open_as(&self, number: u32, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-        let flags = flags | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::openat(&self.dir, name_of(number), flags, Mode::RUSR | Mode::WUSR)
     }
 }
@@ -117,14 +117,19 @@ impl Media for FileMedia {
     fn create(&self, number: u32) -> Result<Arc<dyn MediaFile>> {
         let path = self.path_of(number);
         let fd = self
-            .open_as(number, OFlags::CREATE | OFlags::EXCL)
+            .open_as(number, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)
             .map_err(|errno| Error::path("cannot create", &path, errno))?;
         Ok(Arc::new(DiskFile { fd, path }))
     }
 
     fn open(&self, number: u32) -> Result<Option<Arc<dyn MediaFile>>> {
         let path = self.path_of(number);
-        match self.open_as(number, OFlags::empty()) {
+        let opened = match self.open_as(number, OFlags::RDWR) {
+            // The filesystem has failed, and is to be read for as long as it can be (I7).
+            Err(Errno::ROFS) => self.open_as(number, OFlags::RDONLY),
+            opened => opened,
+        };
+        match opened {
             Ok(fd) => Ok(Some(Arc::new(DiskFile { fd, path }))),
             Err(Errno::NOENT) => Ok(None),
             Err(errno) => Err(Error::path("cannot open", &path, errno)),

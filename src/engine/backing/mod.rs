@@ -315,31 +315,36 @@ impl Backing {
     /// # Errors
     /// Those of name_to_handle_at(2).
     pub fn hidden_handle(&self) -> Result<ObjectHandle> {
-        let (kind, bytes) = sys::name_to_handle(self.hidden.as_fd(), c"")?;
-        let bytes = bytes.into();
-        Ok(ObjectHandle { kind, bytes })
+        handle_of(self.hidden.as_fd())
     }
 
-    /// Whether a handle is that of the hidden directory. Of one object there can be several: how xfs makes them depends on
-    /// how it is mounted (`inode32`).
+    /// When the hidden directory was made, if the filesystem tells.
     ///
     /// # Errors
-    /// Those of name_to_handle_at(2) and statx(2).
+    /// Those of statx(2).
+    pub fn hidden_birth(&self) -> Result<Option<Timestamp>> {
+        Ok(image(&statx(self.hidden.as_fd(), c"")?).btime)
+    }
+
+    /// Whether a handle is that of the hidden directory.
+    ///
+    /// # Errors
+    /// As [`is_object`].
     pub fn is_hidden_dir(&self, handle: &ObjectHandle) -> Result<bool> {
-        if *handle == self.hidden_handle()? {
-            return Ok(true);
-        }
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let opened = sys::open_by_handle(self.root.as_fd(), handle.kind, &handle.bytes, flags);
-        let Ok(opened) = opened else {
-            return Ok(false);
-        };
-        let (there, own) = (
-            statx(opened.as_fd(), c"")?,
-            statx(self.hidden.as_fd(), c"")?,
-        );
-        let of = |st: &Statx| (st.stx_dev_major, st.stx_dev_minor, st.stx_ino);
-        Ok(of(&there) == of(&own))
+        is_object(self.root.as_fd(), handle, self.hidden.as_fd())
+    }
+
+    /// Whether a handle is that of the directory itself.
+    ///
+    /// # Errors
+    /// As [`is_object`].
+    pub fn is_root(&self, handle: &ObjectHandle) -> Result<bool> {
+        is_object(self.root.as_fd(), handle, self.root.as_fd())
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
     }
 
     /// The root directory.
@@ -619,6 +624,36 @@ fn private_view(pin: &OwnedFd) -> Result<(OwnedFd, bool), Errno> {
             Ok((rustix::fs::openat(pin, c".", dir, Mode::empty())?, false))
         }
     }
+}
+
+/// The handle of an open object.
+///
+/// # Errors
+/// Those of name_to_handle_at(2).
+pub fn handle_of(fd: BorrowedFd<'_>) -> Result<ObjectHandle> {
+    let (kind, bytes) = sys::name_to_handle(fd, c"")?;
+    let bytes = bytes.into();
+    Ok(ObjectHandle { kind, bytes })
+}
+
+/// Whether a handle is that of the object `fd`, in the filesystem that `mount` is on. Of one object there can be several: how
+/// xfs makes them depends on how it is mounted (`inode32`).
+///
+/// # Errors
+/// Those of name_to_handle_at(2) and statx(2), and a lack of descriptors or memory.
+pub fn is_object(mount: BorrowedFd<'_>, handle: &ObjectHandle, fd: BorrowedFd<'_>) -> Result<bool> {
+    if *handle == handle_of(fd)? {
+        return Ok(true);
+    }
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let opened = match sys::open_by_handle(mount, handle.kind, &handle.bytes, flags) {
+        Ok(opened) => opened,
+        Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM)) => return Err(errno.into()),
+        Err(_) => return Ok(false),
+    };
+    let (there, own) = (statx(opened.as_fd(), c"")?, statx(fd, c"")?);
+    let of = |st: &Statx| (st.stx_dev_major, st.stx_dev_minor, st.stx_ino);
+    Ok(of(&there) == of(&own))
 }
 
 /// Whether objects can be opened by handle (open_by_handle_at(2)), tried on a file: the root of a user namespace
