@@ -141,22 +141,13 @@ fn damage_is_named_with_its_snapshots_and_repaired() {
         .open(&segments(&mount)[0])
         .unwrap();
     file.write_all_at(b"rot", at as u64 + 100).unwrap();
-    // And a removed file.
     let retained = mount.backing.join(".cowfs/retained");
-    let gone = fs::read_dir(&retained)
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path();
-    fs::remove_file(&gone).unwrap();
     fs::write(retained.join("00000000000000ff"), "stray").unwrap();
     fs::write(mount.backing.join(".cowfs/notes.txt"), "mine").unwrap();
 
     let outcome = cowfs(&["check"], &[&mount.backing]);
     expect(&outcome, 6, "snapshots concerned: old");
     expect(&outcome, 6, "are not what was kept");
-    expect(&outcome, 6, "missing, though snapshots show it");
     expect(&outcome, 6, "leak: retained/00000000000000ff");
     expect(&outcome, 6, "notes.txt: not a file of cowfs");
     assert!(
@@ -177,7 +168,7 @@ fn damage_is_named_with_its_snapshots_and_repaired() {
         Some(5)
     );
     assert_eq!(fs::read(old.join("d/f6")).unwrap(), vec![7; 9000]);
-    assert!(fs::read(old.join("d/f9")).is_err());
+    assert_eq!(fs::read(old.join("d/f9")).unwrap(), vec![10; 9000]);
     mount.umount();
 
     let outcome = cowfs(&["check", "--repair"], &[&mount.backing]);
@@ -206,6 +197,69 @@ fn damage_is_named_with_its_snapshots_and_repaired() {
         Some(5)
     );
     assert_eq!(fs::read(old.join("d/f6")).unwrap(), vec![7; 9000]);
+}
+
+/// Mounting does not make it be forgotten that a snapshot has lost a file.
+#[test]
+fn a_lost_file_of_a_snapshot_marks_it() {
+    let mount = Mount::new("check-retained", LIMIT);
+    fs::write(mount.mnt.join("f"), "precious").unwrap();
+    mount.snapshot("with it");
+    fs::remove_file(mount.mnt.join("f")).unwrap();
+    mount.snapshot("without it");
+    mount.umount();
+    let retained = mount.backing.join(".cowfs/retained");
+    for entry in fs::read_dir(&retained).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    expect(
+        &cowfs(&["check"], &[&mount.backing]),
+        6,
+        "missing, though snapshots show it",
+    );
+    for _ in 0..2 {
+        mount.mount();
+        let log = mount.log();
+        assert!(log.contains("suspect from now on: with it"), "{log}");
+        let list = cowfs(&["snapshot", "list"], &[&mount.mnt]);
+        let list = list.success("list").stdout;
+        let is = |name: &str, state: &str| {
+            let mut lines = list.lines();
+            lines.any(|line| line.starts_with(name) && line.contains(state))
+        };
+        assert!(is("with it", "suspect") && is("without it", "ok"), "{list}");
+        let seen = fs::read(mount.snapshot_path("with it").join("f"));
+        assert!(seen.is_err());
+        mount.umount();
+    }
+    expect(&cowfs(&["check"], &[&mount.backing]), 0, "note: retained/");
+    mount.mount();
+}
+
+/// What others put among the retained objects keeps no directory from being mounted.
+#[test]
+fn foreign_files_among_the_retained_are_left_alone() {
+    let mount = Mount::new("check-foreign", LIMIT);
+    fs::create_dir(mount.mnt.join("d")).unwrap();
+    let snapshot = mount.snapshot("s");
+    fs::remove_dir(mount.mnt.join("d")).unwrap();
+    let retained = mount.backing.join(".cowfs/retained");
+    let dir = fs::read_dir(&retained).unwrap().next().unwrap().unwrap();
+    let foreign = retained.join("0000000000001234");
+    fs::create_dir(&foreign).unwrap();
+    for dir in [&dir.path(), &foreign] {
+        fs::write(dir.join("x"), "theirs").unwrap();
+    }
+    fs::remove_dir(snapshot).unwrap();
+    for command in [&["check"][..], &["check", "--repair"]] {
+        mount.umount();
+        let outcome = cowfs(command, &[&mount.backing]);
+        expect(&outcome, 0, "holds files that cowfs has not put there");
+        mount.mount();
+    }
+    for dir in [&dir.path(), &foreign] {
+        assert_eq!(fs::read(dir.join("x")).unwrap(), b"theirs");
+    }
 }
 
 #[test]

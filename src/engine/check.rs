@@ -121,6 +121,10 @@ impl Unmounted {
             report.add(finding);
         }
         for ino in unneeded_objects(store, &self.backing)? {
+            if let Some(finding) = filled(&self.backing, ino)? {
+                report.add(finding);
+                continue;
+            }
             if let Some(done) = &mut done
                 && let Some(found) = self.backing.find_retained(ino)?
             {
@@ -186,8 +190,26 @@ fn unneeded(ino: Ino) -> Finding {
     )
 }
 
+/// A directory among the retained, all of which are empty, in which somebody else has put something.
+fn filled(backing: &Backing, ino: Ino) -> Result<Option<Finding>> {
+    let Some(found) = backing.find_retained(ino)? else {
+        return Ok(None);
+    };
+    if found.entry.kind != libc::DT_DIR {
+        return Ok(None);
+    }
+    let dir = backing.open_object(&found.entry, OFlags::RDONLY | OFlags::DIRECTORY)?;
+    let what = "holds files that cowfs has not put there; it is left alone";
+    let filled = !backing.is_empty(&dir)?;
+    Ok(filled.then(|| Finding::new(Severity::Note, retained_path(ino), what)))
+}
+
 /// A retained object that snapshots show and that is nowhere any more.
-fn lost_object(store: &Store, backing: &Backing, record: &Retained) -> Result<Option<Finding>> {
+pub(super) fn lost_object(
+    store: &Store,
+    backing: &Backing,
+    record: &Retained,
+) -> Result<Option<Finding>> {
     let names = store.names_between(record.birth, record.removed);
     if names.is_empty() {
         return Ok(None);

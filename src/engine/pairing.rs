@@ -199,7 +199,10 @@ pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
         None => Ok(()),
         Some(mark) if !mark.is_of(backing)? => Err(refusal(shown, OF_ANOTHER)),
         Some(_) if !Store::is_at(store) => Err(refusal(shown, ELSEWHERE)),
-        Some(mark) if !mark.is_last(store)? => Err(refusal(shown, PUT_BACK)),
+        // That of another store is refused when it is open.
+        Some(mark) if Store::uuid_at(store) == Some(mark.store) && !mark.is_last(store)? => {
+            Err(refusal(shown, PUT_BACK))
+        }
         Some(_) => Ok(()),
     }
 }

@@ -1,8 +1,8 @@
 //! What opening does after the store has recovered: retained objects whose move a crash interrupted.
 
-use super::Engine;
+use super::{Engine, check};
 use crate::error::Result;
-use crate::store::{EntryImage, Retained, SnapshotInfo, SnapshotState};
+use crate::store::{EntryImage, Finding, Retained, SnapshotInfo, SnapshotState};
 use rustix::fd::AsFd;
 use rustix::fs::{OFlags, RenameFlags};
 
@@ -24,7 +24,14 @@ pub fn retained(engine: &Engine) -> Result<()> {
             Some(found) => engine.room.note_retained(found.attr.blocks * 512, true),
             // Recorded, and not moved: either half-way, or the removal did not happen.
             None if finish_exchange(engine, &record)? => {}
-            None => engine.store.forget_retained(record.ino)?,
+            None => match check::lost_object(&engine.store, &engine.backing, &record)? {
+                None => engine.store.forget_retained(record.ino)?,
+                // Who cannot open by handle does not see that it has its old name still.
+                Some(_) if !engine.backing.overrides_modes() => {
+                    engine.store.forget_retained(record.ino)?;
+                }
+                Some(finding) => note_lost(engine, &record, &finding)?,
+            },
         }
     }
     // Without a snapshot nothing among the retained is needed, whatever the records say.
@@ -35,6 +42,17 @@ pub fn retained(engine: &Engine) -> Result<()> {
                 engine.backing.release_retained(ino, directory)?;
             }
         }
+    }
+    Ok(())
+}
+
+/// Somebody has removed what snapshots show, from among the retained. The record stays, by which `check` knows.
+fn note_lost(engine: &Engine, record: &Retained, finding: &Finding) -> Result<()> {
+    let marked = engine.mark_suspect(|epoch| record.birth < epoch && epoch <= record.removed)?;
+    if !marked.is_empty() {
+        let (thing, what) = (&finding.thing, &finding.what);
+        let names = finding.snapshots.join(", ");
+        log::error!("{thing}: {what}, which are suspect from now on: {names}");
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use super::{Engine, superblock};
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
-use crate::store::{self, SnapshotState, Store};
+use crate::store::{self, SnapshotInfo, SnapshotState, Store};
 use crate::sync::Arc;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -94,22 +94,30 @@ impl Engine {
         if let Err(error) = self.make_durable(last) {
             let _cut = self.cut.lock();
             let settled = self.store.settled();
-            let suspect = self
-                .store
-                .mark_suspect(|epoch| epoch > settled && epoch <= last)?;
-            for info in suspect {
+            for info in self.mark_suspect(|epoch| epoch > settled && epoch <= last)? {
                 log::error!(
                     "snapshot {:?} is suspect from now on: the backing filesystem cannot be synced: {error}",
                     String::from_utf8_lossy(&info.name)
                 );
-                self.snapshots.update(info.epoch, |known| {
-                    if known.state == SnapshotState::Ready {
-                        known.state = info.state;
-                    }
-                });
             }
         }
         self.store.mark_settled(last)
+    }
+
+    /// [`Store::mark_suspect`], for all to see.
+    pub(super) fn mark_suspect(
+        &self,
+        doubtful: impl Fn(Epoch) -> bool,
+    ) -> Result<Vec<SnapshotInfo>> {
+        let marked = self.store.mark_suspect(doubtful)?;
+        for info in &marked {
+            self.snapshots.update(info.epoch, |known| {
+                if known.state == SnapshotState::Ready {
+                    known.state = info.state;
+                }
+            });
+        }
+        Ok(marked)
     }
 
     /// Settles snapshots that have waited for long enough, and makes the session clean when nothing was appended for a

@@ -47,6 +47,14 @@ impl Store {
             .iter()
             .any(|name| dir.join(name).exists())
     }
+
+    /// The uuid of the store at `dir`, if it can be read without opening the store.
+    #[must_use]
+    pub fn uuid_at(dir: &Path) -> Option<u128> {
+        let path = dir.join("format");
+        let text = std::fs::read_to_string(&path).ok()?;
+        parse_format(&path, &text).ok()
+    }
 }
 
 /// Reads the store's format file, or writes one for a new store. Returns the uuid, and the file, locked

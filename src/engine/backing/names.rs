@@ -1,13 +1,15 @@
 //! Names in directories, and the retained objects.
 
-use super::{Backing, Call, Change, Found};
+use super::{Backing, Call, Change, Found, HIDDEN};
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::sys;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
+use std::ffi::OsStr;
 use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
 
 impl Backing {
     /// Creates a regular file that must not exist, and opens it.
@@ -149,11 +151,22 @@ impl Backing {
         self.link(fd, self.retained.as_fd(), &Self::retained_name(ino))
     }
 
-    /// Removes an object from among the retained; one that is not there is no error.
+    /// Removes an object from among the retained; one that is not there is no error. A directory in which somebody has put
+    /// something behind the back of cowfs stays, which the log says.
     pub fn release_retained(&self, ino: Ino, directory: bool) -> Result<()> {
         self.drop_path(ino);
-        match self.remove(self.retained.as_fd(), &Self::retained_name(ino), directory) {
+        let name = Self::retained_name(ino);
+        match self.remove(self.retained.as_fd(), &name, directory) {
             Err(Error::Os(Errno::NOENT)) => Ok(()),
+            Err(Error::Os(Errno::NOTEMPTY)) => {
+                let path = self.path.join(OsStr::from_bytes(HIDDEN));
+                let path = path.join("retained").join(OsStr::from_bytes(&name));
+                log::warn!(
+                    "{}: holds files that cowfs has not put there; it is left alone",
+                    path.display()
+                );
+                Ok(())
+            }
             other => other,
         }
     }
