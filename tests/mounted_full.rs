@@ -340,3 +340,40 @@ fn users_create_snapshots_if_they_are_let() {
     assert!(!as_nobody("mkdir", &mount.snapshot_path("s2")));
     fs::remove_dir(&path).unwrap();
 }
+
+/// What a retained file takes is counted for as long as it is one, whatever becomes of it while it is open.
+#[test]
+fn a_removed_file_that_is_open_is_counted_to_the_end() {
+    let mount = Mount::on_own_disk("open-removed", LIMIT, 400);
+    let counted = || status(&mount)["space"]["retained"].as_u64().unwrap();
+    let wait_for_none = |what: &str| {
+        let start = Instant::now();
+        while counted() > 0 {
+            assert!(start.elapsed() < LIMIT / 4, "{what}: {} bytes", counted());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let removed = |name: &str| {
+        let file = open_rw(&mount.mnt.join(name));
+        file.write_all_at(&vec![1; 8 * MIB], 0).unwrap();
+        file.sync_all().unwrap();
+        mount.snapshot(name);
+        fs::remove_file(mount.mnt.join(name)).unwrap();
+        assert!(counted() >= 8 * MIB as u64, "{} bytes", counted());
+        file
+    };
+    let file = removed("open");
+    fs::remove_dir(mount.snapshot_path("open")).unwrap();
+    wait_for_none("no snapshot shows it");
+    drop(file);
+    for (name, size) in [("shorter", 0), ("longer", 16 * MIB)] {
+        let (file, other) = (removed(name), removed("other"));
+        file.set_len(0).unwrap();
+        file.write_all_at(&vec![2; size], 0).unwrap();
+        file.sync_all().unwrap();
+        drop((file, other));
+        fs::remove_dir(mount.snapshot_path(name)).unwrap();
+        fs::remove_dir(mount.snapshot_path("other")).unwrap();
+        wait_for_none(name);
+    }
+}

@@ -217,8 +217,8 @@ fn keep(
 fn serve(args: &Args, options: MountOptions, kept: fuse::Kept) -> std::result::Result<(), Failure> {
     let log = args.log.as_deref().map(open_log).transpose()?;
     start_logging(args.verbose, log.as_ref())?;
-    // The kernel has applied the umask of whoever creates a file; that of this process must not come on top.
-    rustix::process::umask(Mode::empty());
+    // What cowfs makes for itself is nobody else's; what it makes for others has their umask.
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
     let mountpoint = args
         .mountpoint
         .clone()

@@ -2,6 +2,7 @@
 
 use crate::sync::LazyLock;
 use crate::sys;
+use rustix::fs::Mode;
 use rustix::process::{getegid, getuid};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use std::cell::Cell;
@@ -58,8 +59,8 @@ impl Unprivileged {
 }
 
 thread_local! {
-    /// The umask of this thread, once it has one of its own (CLONE_FS undone).
-    static OWN_UMASK: Cell<Option<u32>> = const { Cell::new(None) };
+    /// Whether this thread has a umask of its own (CLONE_FS undone).
+    static OWN_UMASK: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Whether cowfs runs as root, whose powers it needs to act for others.
@@ -75,19 +76,19 @@ fn is_root() -> bool {
 /// ownership follows the caller.
 pub struct ActingAs {
     ids: bool,
+    /// The thread's own umask, for what cowfs makes for itself.
+    umask: Option<Mode>,
 }
 
 impl ActingAs {
     /// Takes the caller's identity on the calling thread. Without root's power to change it, objects belong
     /// to the user that runs cowfs.
     pub fn new(caller: Caller) -> Self {
-        OWN_UMASK.with(|own| {
-            let known = own.get();
-            if known != Some(caller.umask) && (known.is_some() || sys::unshare_fs().is_ok()) {
-                rustix::process::umask(rustix::fs::Mode::from_raw_mode(caller.umask));
-                own.set(Some(caller.umask));
-            }
+        let alone = OWN_UMASK.with(|own| {
+            own.set(own.get() || sys::unshare_fs().is_ok());
+            own.get()
         });
+        let umask = alone.then(|| rustix::process::umask(Mode::from_raw_mode(caller.umask)));
         let ids = is_root() && (caller.uid != 0 || caller.gid != 0);
         if ids {
             sys::set_fs_ids(caller.uid, caller.gid);
@@ -99,12 +100,15 @@ impl ActingAs {
                     | CapabilitySet::MKNOD
             });
         }
-        Self { ids }
+        Self { ids, umask }
     }
 }
 
 impl Drop for ActingAs {
     fn drop(&mut self) {
+        if let Some(own) = self.umask {
+            rustix::process::umask(own);
+        }
         if self.ids {
             sys::set_fs_ids(0, 0);
         }
@@ -159,5 +163,35 @@ fn change_effective(change: impl Fn(CapabilitySet) -> CapabilitySet) {
         if let Err(errno) = set_capabilities(None, sets) {
             log::debug!("capset: {errno}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    /// What a thread makes for cowfs itself after it has acted for somebody is as open as before.
+    #[test]
+    fn a_callers_umask_ends_with_what_is_done_for_the_caller() {
+        let own = || {
+            let own = rustix::process::umask(Mode::RWXU);
+            rustix::process::umask(own);
+            own
+        };
+        let acting = move || {
+            assert!(sys::unshare_fs().is_ok(), "so that other tests keep theirs");
+            let before = own();
+            let caller = Caller {
+                umask: 0o777,
+                ..Caller::ROOT
+            };
+            let acting = ActingAs::new(caller);
+            assert_eq!(own(), Mode::RWXU | Mode::RWXG | Mode::RWXO);
+            drop(acting);
+            assert_eq!(own(), before);
+        };
+        std::thread::spawn(acting).join().unwrap();
     }
 }

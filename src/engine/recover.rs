@@ -21,7 +21,9 @@ pub fn retained(engine: &Engine) -> Result<()> {
                 engine.backing.release_retained(record.ino, false)?;
                 engine.store.forget_retained(record.ino)?;
             }
-            Some(found) => engine.room.note_retained(found.attr.blocks * 512, true),
+            Some(found) => engine
+                .room
+                .note_retained(record.ino, found.attr.blocks * 512),
             // Recorded, and not moved: either half-way, or the removal did not happen.
             None if finish_exchange(engine, &record)? => {}
             None => match check::lost_object(&engine.store, &engine.backing, &record)? {
@@ -40,6 +42,7 @@ pub fn retained(engine: &Engine) -> Result<()> {
             if let Some(found) = engine.backing.find_retained(ino)? {
                 let directory = found.entry.kind == libc::DT_DIR;
                 engine.backing.release_retained(ino, directory)?;
+                engine.room.note_released(ino);
             }
         }
     }

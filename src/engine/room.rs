@@ -10,10 +10,11 @@ use super::Engine;
 use super::view::Snapshot;
 use crate::config::{OnFull, SpacePolicy};
 use crate::error::{Error, Result};
-use crate::ids::Epoch;
+use crate::ids::{Epoch, Ino};
 use crate::store::{SnapshotState, Space};
 use crate::sync::{Arc, AtomicI64, AtomicU64, Mutex, Ordering};
 use rustix::fs::StatVfs;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// What a small record is taken to need.
@@ -93,8 +94,10 @@ pub(super) struct UnderCut {
 pub struct Room {
     policy: SpacePolicy,
     left: AtomicI64,
-    /// Bytes of retained files.
-    retained: AtomicU64,
+    /// Bytes of each retained file, as they were counted: one that is still open may have others when it goes.
+    retained: Mutex<HashMap<Ino, u64>>,
+    /// Their sum.
+    retained_bytes: AtomicU64,
     /// How full it was said to be in the log since there was room last.
     told: Mutex<Level>,
     /// How often snapshots were given up, and of these, after how many all that they held was freed.
@@ -107,7 +110,8 @@ impl Room {
         Self {
             policy,
             left: AtomicI64::new(i64::MAX),
-            retained: AtomicU64::new(0),
+            retained: Mutex::default(),
+            retained_bytes: AtomicU64::new(0),
             told: Mutex::default(),
             given: AtomicU64::new(0),
             freed: AtomicU64::new(0),
@@ -120,18 +124,21 @@ impl Room {
         self.left.fetch_sub(bytes, Ordering::Relaxed) >= bytes
     }
 
-    /// Notes a file that was moved to the retained ones, or, if not `more`, removed from them.
-    pub(super) fn note_retained(&self, bytes: u64, more: bool) {
-        if more {
-            self.retained.fetch_add(bytes, Ordering::Relaxed);
-            self.left
-                .fetch_sub(i64::try_from(bytes).unwrap_or(0), Ordering::Relaxed);
-        } else {
-            let less = |now: u64| Some(now.saturating_sub(bytes));
-            let _ = self
-                .retained
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-        }
+    /// Notes a file that was moved to the retained ones.
+    pub(super) fn note_retained(&self, ino: Ino, bytes: u64) {
+        let mut retained = self.retained.lock();
+        let before = retained.insert(ino, bytes).unwrap_or(0);
+        self.retained_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.retained_bytes.fetch_sub(before, Ordering::Relaxed);
+        self.left
+            .fetch_sub(i64::try_from(bytes).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// Notes that it is not among them any more.
+    pub(super) fn note_released(&self, ino: Ino) {
+        let mut retained = self.retained.lock();
+        let bytes = retained.remove(&ino).unwrap_or(0);
+        self.retained_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Whether `level` is news.
@@ -156,7 +163,7 @@ impl Room {
 
     /// Takes a measurement up.
     fn note(&self, space: Space) -> Usage {
-        let retained = self.retained.load(Ordering::Relaxed);
+        let retained = self.retained_bytes.load(Ordering::Relaxed);
         let used = space.used + retained;
         let reserve = self.policy.reserve.of(space.total);
         let by_disk = space.free.saturating_sub(reserve);

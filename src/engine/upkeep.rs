@@ -236,6 +236,7 @@ impl Engine {
         // Still open, or known to the kernel: its number must not be reused yet.
         self.pin_number(&object)?;
         if self.must_outlive(&object) && self.backing.orphan_retained(dead.ino)? {
+            self.room.note_released(dead.ino);
             self.orphaned(&object);
             return Ok(());
         }
@@ -248,10 +249,12 @@ impl Engine {
             Some(found) if found.entry.handle == dead.handle => {
                 let directory = dead.kind == libc::DT_DIR;
                 self.backing.release_retained(dead.ino, directory)?;
-                self.room.note_retained(found.attr.blocks * 512, false);
-                Ok(())
+                self.room.note_released(dead.ino);
             }
-            _ => Ok(()),
+            // That of another record.
+            Some(_) => {}
+            None => self.room.note_released(dead.ino),
         }
+        Ok(())
     }
 }

@@ -38,10 +38,21 @@ impl Filesystem for Adapter {
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _turn = self.reader.crew.turn();
         if parent.0 == ROOT_NODE
-            && self.is_helper(req)
             && let Some(node) = flush::node_of_name(name)
         {
-            return self.reader.reply_node(reply, node);
+            match self.is_helper(req) {
+                true => return self.reader.reply_node(reply, node),
+                // What the kernel believes to be absent it does not ask about again, for the helper neither.
+                false
+                    if self
+                        .reader
+                        .look_up(parent, name)
+                        .is_ok_and(|(_, found)| found.is_none()) =>
+                {
+                    return reply.error(Errno::ENOENT);
+                }
+                false => {}
+            }
         }
         let found = match name.as_bytes() {
             b"." if self.is_helper(req) => self.reader.recall_file(parent),

@@ -31,6 +31,8 @@ struct Place {
 #[derive(Debug, Default)]
 pub(super) struct Places {
     table: Mutex<Table>,
+    /// Held by who walks the tree; who misses something meanwhile waits for that. Taken before `table`.
+    walking: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -166,16 +168,35 @@ impl Backing {
 
     /// Walks the whole tree and notes every place that is not known.
     fn walk(&self, places: &Places) -> Result<()> {
+        let _alone = places.walking.lock();
         // Set first: a change that comes meanwhile is noted by itself, or takes this back.
         if std::mem::replace(&mut places.table.lock().complete, true) {
             return Ok(());
         }
         log::info!("{}: looking through the tree", self.path.display());
+        let walked = self.walk_all(places);
+        if walked.is_err() {
+            places.table.lock().complete = false;
+        }
+        walked
+    }
+
+    fn walk_all(&self, places: &Places) -> Result<()> {
         let mut dirs = vec![self.root_entry.ino];
         while let Some(parent) = dirs.pop() {
-            // What cannot be listed is not found, and its objects stay out of reach.
-            let Ok(dir) = self.follow(places, parent).and_then(|fd| self.list(&fd)) else {
-                continue;
+            let dir = match self.follow(places, parent).and_then(|fd| self.list(&fd)) {
+                Ok(dir) => dir,
+                // Lacks that pass: what is missed for them would stay out of reach.
+                Err(error)
+                    if matches!(
+                        error.errno(),
+                        Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::IO
+                    ) =>
+                {
+                    return Err(error);
+                }
+                // What cannot be listed is not found, and its objects stay out of reach.
+                Err(_) => continue,
             };
             let mut buf = [MaybeUninit::uninit(); 32 * 1024];
             let mut entries = RawDir::new(&dir, &mut buf);

@@ -139,7 +139,7 @@ impl Engine {
             .object_fd(object)
             .and_then(|fd| self.backing.stat(fd.as_fd()));
         match stat {
-            Ok(image) => self.room.note_retained(image.blocks * 512, true),
+            Ok(image) => self.room.note_retained(object.ino(), image.blocks * 512),
             Err(error) => log::warn!("the space of a retained object is not counted: {error}"),
         }
     }

@@ -101,9 +101,9 @@ fn carry_out(
             match opened {
                 Ok(file) => files.push((node, Arc::new(file))),
                 // Out of the kernel's memory, so without pages; or removed, so in no snapshot, even if its number is
-                // that of a symbolic link by now.
-                Err(Errno::STALE | Errno::NOENT | Errno::LOOP) if order == Order::CleanTaken => {}
-                Err(Errno::STALE | Errno::NOENT | Errno::LOOP) => told.push(node),
+                // that of a symbolic link by now. (By name the daemon says so with ESTALE, and never ENOENT.)
+                Err(Errno::STALE | Errno::LOOP) if order == Order::CleanTaken => {}
+                Err(Errno::STALE | Errno::LOOP) => told.push(node),
                 Err(errno) => return Err(errno),
             }
         }
@@ -266,11 +266,12 @@ fn handle_of(node: NodeId) -> Vec<u8> {
 }
 
 /// Opens an inode of the mount: by the kernel's own handle, or, without the privilege for that, by a name that the daemon
-/// answers to the helper.
+/// answers to the helper. Not by name if the kernel has nothing for the handle: it takes the lock of the directory for a
+/// name, which somebody may hold whose request waits for the cut.
 fn open_node(dir: &OwnedFd, node: NodeId) -> Result<OwnedFd, Errno> {
     match open_file_by_handle(dir.as_fd(), &handle_of(node)) {
         // The last is what the kernel has for a number that is that of a directory by now and changes its place.
-        Err(Errno::PERM | Errno::STALE | Errno::NOMEM) => {}
+        Err(Errno::PERM | Errno::NOMEM) => {}
         other => return other,
     }
     let name = format!("{NODE_NAME}{node:x}");
