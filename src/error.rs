@@ -117,11 +117,16 @@ impl Error {
 
     /// Wraps a [`std::io::Error`] on `path`; one without an errno counts as `EIO`.
     pub fn io(action: &'static str, path: impl AsRef<Path>, error: &std::io::Error) -> Self {
-        Self::path(
-            action,
-            path,
-            Errno::from_io_error(error).unwrap_or(Errno::IO),
-        )
+        use std::io::ErrorKind;
+        // A library may have wrapped the number.
+        let errno = Errno::from_io_error(error).unwrap_or(match error.kind() {
+            ErrorKind::NotFound => Errno::NOENT,
+            ErrorKind::PermissionDenied => Errno::ACCESS,
+            ErrorKind::StorageFull => Errno::NOSPC,
+            ErrorKind::ReadOnlyFilesystem => Errno::ROFS,
+            _ => Errno::IO,
+        });
+        Self::path(action, path, errno)
     }
 
     /// The same error, with what is below `used` named as the user knows it, below `known`.

@@ -4,10 +4,12 @@
 
 mod support;
 
+use rustix::process::{Pid, Signal};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use support::{Mount, Outcome, cowfs_bin, run};
@@ -197,6 +199,41 @@ fn damage_is_named_with_its_snapshots_and_repaired() {
         Some(5)
     );
     assert_eq!(fs::read(old.join("d/f6")).unwrap(), vec![7; 9000]);
+}
+
+/// The index has names and attributes in it, which are not for all, and a check may be ended.
+#[test]
+fn what_a_check_copies_is_for_nobody_and_goes() {
+    let mount = Mount::new("check-scratch", LIMIT);
+    tree(&mount.mnt);
+    mount.snapshot("old");
+    change(&mount.mnt, 100);
+    mount.umount();
+    let place = mount.root.join("tmp");
+    fs::create_dir(&place).unwrap();
+    let there = || fs::read_dir(&place).unwrap().next();
+    let met = (0..100).any(|_| {
+        let mut check = Command::new(cowfs_bin());
+        check.arg("check").arg(&mount.backing).env("TMPDIR", &place);
+        let mut check = check.stdout(Stdio::null()).spawn().unwrap();
+        let mut met = false;
+        while check.try_wait().unwrap().is_none() {
+            let Some(copy) = there() else { continue };
+            // It may go at this moment, at the end.
+            let Ok(what) = fs::metadata(copy.unwrap().path()) else {
+                continue;
+            };
+            assert_eq!(what.permissions().mode() & 0o777, 0o700);
+            let pid = Pid::from_raw(check.id() as i32).unwrap();
+            rustix::process::kill_process(pid, Signal::INT).unwrap();
+            met = check.wait().unwrap().signal() == Some(libc::SIGINT);
+            break;
+        }
+        assert!(there().is_none());
+        met
+    });
+    assert!(met, "no check was seen at work");
+    mount.mount();
 }
 
 /// Mounting does not make it be forgotten that a snapshot has lost a file.

@@ -7,8 +7,13 @@ use crate::engine::check;
 use crate::error::{Error, Result};
 use crate::store::{CheckReport, Finding, Severity};
 use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use std::ffi::{OsStr, OsString};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use tempfile::TempDir;
 
 /// Look over the store of a directory: journal, index, snapshots, removed files, space.
 ///
@@ -94,12 +99,42 @@ fn look(args: &Args, store: Option<PathBuf>) -> Result<(Vec<String>, CheckReport
         }
         return Ok((Vec::new(), control::check(&root)?));
     }
+    let _scratch = scratch()?;
     let store = store.as_deref();
     if args.repair {
         check::repair(&args.source, store)
     } else {
         Ok((Vec::new(), check::examine(&args.source, store)?))
     }
+}
+
+/// Makes a directory for temporary files that nobody else may look into, as names are in the copy of the index there. It
+/// goes when the value is dropped, and when a signal ends the program.
+fn scratch() -> Result<TempDir> {
+    let failed = |e: std::io::Error| Error::io("cannot listen for", "signals", &e);
+    // First: one that comes in between is looked at by the thread.
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(failed)?;
+    let place = std::env::temp_dir();
+    let scratch = tempfile::Builder::new()
+        .prefix("cowfs-check.")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(&place)
+        .map_err(|e| Error::io("cannot make a directory in", &place, &e))?;
+    let path = scratch.path().to_owned();
+    std::thread::Builder::new()
+        .spawn(move || {
+            for signal in signals.forever() {
+                // The other thread may be making files in it.
+                let gone = || std::fs::remove_dir_all(&path).is_ok() || !path.exists();
+                let _ = (0..100).any(|_| gone());
+                // Cannot fail for these signals; and if it did, the program would go on to its end.
+                let _ = signal_hook::low_level::emulate_default_handler(signal);
+            }
+        })
+        .map_err(failed)?;
+    // Set once, as it is looked into once in the life of the program.
+    let _ = tempfile::env::override_temp_dir(scratch.path());
+    Ok(scratch)
 }
 
 fn print(done: &[String], report: &CheckReport) -> Result<()> {

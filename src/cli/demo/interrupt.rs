@@ -1,8 +1,9 @@
-//! Ctrl-C and SIGTERM end the demo in good order: each step looks here, and the clean-up runs.
+//! Ctrl-C, SIGTERM and the end of the terminal end the demo in good order: each step looks here, and the clean-up runs.
 
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicBool, Ordering};
 use rustix::io::Errno;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::ffi::OsStr;
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
@@ -14,7 +15,7 @@ pub(super) struct Interrupt(Arc<AtomicBool>);
 impl Interrupt {
     pub(super) fn install() -> Result<Self> {
         let flag = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::clone(&flag))
                 .map_err(|error| Error::io("cannot handle", "signals", &error))?;
         }

@@ -11,6 +11,7 @@ use crate::control;
 use crate::error::{Error, Result};
 use interrupt::Interrupt;
 use layout::Layout;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -75,6 +76,8 @@ impl Stage {
         tree::check_room(&place, needed, remedy)?;
         let base = tempfile::Builder::new()
             .prefix("cowfs-demo.")
+            // With a copy of a directory that others may not read.
+            .permissions(std::fs::Permissions::from_mode(0o700))
             .tempdir_in(&place)
             .map_err(|error| Error::io("cannot create a directory in", &place, &error))?;
         let mut stage = Self {
