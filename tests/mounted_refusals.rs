@@ -231,6 +231,32 @@ fn a_store_elsewhere_belongs_to_one_directory() {
     assert_eq!(kept.unwrap(), b"old");
 }
 
+/// A place that cannot hold the store is refused before anything is made, there and in the directory.
+#[test]
+fn a_refused_store_leaves_nothing() {
+    let mount = Mount::new("refused-store", LIMIT);
+    let [a, open, mnt] = ["a", "open", "other-mnt"].map(|name| mount.root.join(name));
+    for dir in [&a, &open, &mnt] {
+        fs::create_dir(dir).unwrap();
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    mount.snapshot("s");
+    mount.umount();
+    let others = mount.backing.join(".cowfs/store");
+    for (store, says) in [
+        (&open, "open to other users"),
+        (&others, "another directory"),
+    ] {
+        let with = format!("store={}", store.display());
+        refused(&words(&["mount", "-o", &with], &[&a, &mnt]), 6, &[says]);
+    }
+    for dir in [&a, &open] {
+        let left: Vec<_> = fs::read_dir(dir).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    mount.mount();
+}
+
 /// Who forgets store= is refused, with nothing made, and a command that destroys does not take what is elsewhere for nothing.
 #[test]
 fn a_store_elsewhere_is_not_forgotten() {

@@ -198,8 +198,13 @@ impl Engine {
             Some(media) => Store::open_with(&store_path, tuning, media),
             None => Store::open(&store_path, tuning),
         };
-        let store = opened.map_err(|error| backing.named(error))?;
-        pairing::pair(&backing, &store, &store_path, &shown)?;
+        let paired = opened
+            .map_err(|error| backing.named(error))
+            .and_then(|store| {
+                pairing::pair(&backing, &store, &store_path, &shown)?;
+                Ok(store)
+            });
+        let store = paired.inspect_err(|_| backing.take_back())?;
         let root = backing.root_entry().ino;
         if root.0 >= nodes::INO_MAX {
             return Err(Error::Source {

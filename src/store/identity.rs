@@ -60,19 +60,7 @@ impl Store {
 /// Reads the store's format file, or writes one for a new store. Returns the uuid, and the file, locked
 /// against a second process.
 pub(super) fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)> {
-    let stat = rustix::fs::lstat(dir).map_err(|errno| Error::path("cannot stat", dir, errno))?;
-    if stat.st_uid != rustix::process::geteuid().as_raw() {
-        return Err(refuse(
-            dir,
-            "the store belongs to another user; run cowfs as that user",
-        ));
-    }
-    if stat.st_mode & 0o077 != 0 {
-        return Err(refuse(
-            dir,
-            "the store is open to other users; make sure that it is yours, then `chmod 700`",
-        ));
-    }
+    check_owner(dir)?;
     let path = dir.join("format");
     if !path.exists() {
         if has_journal {
@@ -93,6 +81,24 @@ pub(super) fn identify(dir: &Path, has_journal: bool) -> Result<(OwnedFd, u128)>
     }
     let text = std::fs::read(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
     Ok((file, parse_format(&path, &String::from_utf8_lossy(&text))?))
+}
+
+/// Refuses a directory that is not the user's alone, before anything is made in it.
+pub(super) fn check_owner(dir: &Path) -> Result<()> {
+    let stat = rustix::fs::lstat(dir).map_err(|errno| Error::path("cannot stat", dir, errno))?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(refuse(
+            dir,
+            "the store belongs to another user; run cowfs as that user",
+        ));
+    }
+    if stat.st_mode & 0o077 != 0 {
+        return Err(refuse(
+            dir,
+            "the store is open to other users; make sure that it is yours, then `chmod 700`",
+        ));
+    }
+    Ok(())
 }
 
 fn parse_format(path: &Path, text: &str) -> Result<u128> {

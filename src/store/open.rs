@@ -1,7 +1,7 @@
 //! Opening: the directory, the index if it can be trusted, and what the journal has beyond it.
 
 use super::count::Uncounted;
-use super::identity::{identify, make_dir};
+use super::identity::{check_owner, identify, make_dir};
 use super::index::{Index, MemoryIndex, SledIndex};
 use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
 use super::key::{self, IndexState, Usage, segment_of};
@@ -54,6 +54,7 @@ impl Store {
     /// in the journal is no error: see [`Store::damage`].
     pub fn open(dir: &Path, options: StoreOptions) -> Result<Self> {
         make_dir(dir)?;
+        check_owner(dir)?;
         let known = options.known.as_deref().unwrap_or(dir).join("journal");
         let media = FileMedia::open_known(&dir.join("journal"), &known)?;
         Self::open_with(dir, options, Arc::new(media))

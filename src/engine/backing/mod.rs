@@ -296,6 +296,23 @@ impl Backing {
         Ok(fd)
     }
 
+    /// Removes the hidden directory if there is nothing in it but what [`Self::open`] makes: who is refused finds nothing
+    /// changed. What does not go stays, and is used at the next mount.
+    pub fn take_back(&self) {
+        let there = |name| statx(self.hidden.as_fd(), name).is_ok();
+        if there(c"store-id") || there(c"store") {
+            return;
+        }
+        let remove = |dir: &OwnedFd, name, flags| rustix::fs::unlinkat(dir, name, flags);
+        let done = remove(&self.hidden, c"retained", AtFlags::REMOVEDIR)
+            .and_then(|()| remove(&self.hidden, c"orphans", AtFlags::REMOVEDIR))
+            .and_then(|()| remove(&self.hidden, c"lock", AtFlags::empty()))
+            .and_then(|()| rustix::fs::unlinkat(&self.root, HIDDEN, AtFlags::REMOVEDIR));
+        if let Err(errno) = done {
+            log::debug!("what a refused mount has made stays: {errno}");
+        }
+    }
+
     /// The hidden directory's path through its descriptor, for the store beneath it.
     pub fn hidden_path(&self) -> PathBuf {
         sys::fd_path(&self.hidden)
