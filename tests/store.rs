@@ -445,6 +445,25 @@ fn an_index_that_is_stale_ahead_foreign_or_garbage_is_made_right() {
     );
     store.close().unwrap();
     drop(store);
+    // What held nothing that the index needs is no damage, which would be told of at every mount.
+    let dir2 = tempfile::tempdir().unwrap();
+    let store = open(&dir2, options());
+    fill(&store);
+    store.make_ready().unwrap();
+    store.close().unwrap();
+    drop(store);
+    std::fs::remove_dir_all(dir2.path().join("s/index")).unwrap();
+    // The index is made anew, and ends in a segment with the table alone.
+    open(&dir2, options()).close().unwrap();
+    let last = segments(&dir2).pop().unwrap();
+    assert!(segments(&dir2).len() > 1);
+    std::fs::remove_file(last).unwrap();
+    for _ in 0..2 {
+        let store = open(&dir2, options());
+        assert_eq!(store.damage(), [""; 0]);
+        assert_filled(&store);
+        store.close().unwrap();
+    }
     // Foreign.
     let other = tempfile::tempdir().unwrap();
     open(&other, options()).close().unwrap();

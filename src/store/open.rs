@@ -373,8 +373,13 @@ impl Recovery {
             out.logs.push((number, file, log));
         }
         if first > 0 && !out.logs.iter().any(|(number, _, _)| *number == first) {
-            out.missing(first);
-            out.lost = true;
+            if state.is_some_and(|state| state.clean && !out.went_on(state.checkpoint)) {
+                // Damage if the index refers to it, which is looked at next.
+                log::warn!("{}; the index has all of it", missing(first));
+            } else {
+                out.missing(first);
+                out.lost = true;
+            }
         }
         Ok(out)
     }
