@@ -375,7 +375,11 @@ fn a_lost_session_file_is_no_older_store() {
     let mount = Mount::new("no-session", LIMIT);
     mount.snapshot("s");
     mount.umount();
+    let check = || cowfs(&words(&["check"], &[&mount.backing])).success("check");
+    assert!(check().stdout.contains("0 notes"), "{}", check().stdout);
     fs::remove_file(mount.backing.join(".cowfs/store/journal/session")).unwrap();
+    let said = check().stdout;
+    assert!(said.contains("makes the snapshots suspect"), "{said}");
     for _ in 0..2 {
         mount.mount();
         let list = cowfs(&words(&["snapshot", "list"], &[&mount.mnt])).success("list");

@@ -194,12 +194,7 @@ impl Store {
         // Opening has made durable what it found of the journal.
         let went_down = last.is_none_or(|last| last.boot != boot);
         let settled = last.map_or(Epoch(0), |last| last.settled);
-        let doubtful = |epoch: Epoch| match last {
-            _ if self.opened.lost => true,
-            None => true,
-            Some(last) => went_down && (last.dirty || epoch > settled),
-        };
-        let suspect = self.mark_suspect(doubtful)?;
+        let suspect = self.mark_suspect(|epoch| self.is_in_doubt(last, boot, epoch))?;
         // What there is after a power cut is on the disk.
         let settled = if went_down {
             self.epoch()
@@ -224,6 +219,31 @@ impl Store {
             self.journal.media.sync_names()?;
         }
         Ok(suspect)
+    }
+
+    /// Whether a snapshot may not be exact after what `last` says of the last session, on the boot `boot`.
+    fn is_in_doubt(&self, last: Option<State>, boot: u128, epoch: Epoch) -> bool {
+        match last {
+            _ if self.opened.lost => true,
+            None => true,
+            Some(last) => last.boot != boot && (last.dirty || epoch > last.settled),
+        }
+    }
+
+    /// The names of the snapshots that [`Store::begin_session`] makes suspect, before it is called.
+    #[must_use]
+    pub fn in_doubt(&self) -> Vec<String> {
+        let Some(boot) = self.session.boot else {
+            return Vec::new();
+        };
+        let last = *self.session.written.lock();
+        let all = self.snapshots();
+        let doubtful = all.iter().filter(|info| {
+            info.state == SnapshotState::Ready && self.is_in_doubt(last, boot, info.epoch)
+        });
+        doubtful
+            .map(|info| String::from_utf8_lossy(&info.name).into_owned())
+            .collect()
     }
 
     /// Whether the machine went down since the last session, as far as sessions are kept.

@@ -238,6 +238,19 @@ impl Check<'_> {
             let names = self.store.names_between(Epoch(0), Epoch(u64::MAX));
             let finding = Finding::new(Severity::Lost, "journal", what);
             self.report.add(finding.concerning(names));
+            return;
+        }
+        let names = self.store.in_doubt();
+        if !names.is_empty() {
+            let what = match self.store.went_down() {
+                true => {
+                    "the machine went down, or the filesystem was mounted anew, while the directory was mounted"
+                }
+                false => "missing or damaged",
+            };
+            let what = format!("{what}: the next mount makes the snapshots suspect");
+            let finding = Finding::new(Severity::Note, "journal/session", what);
+            self.report.add(finding.concerning(names));
         }
     }
 
