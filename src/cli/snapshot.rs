@@ -12,11 +12,14 @@ use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Names without a pattern: they sort in time order and have no colon.
 const PATTERN: &str = "%Y%m%dT%H%M%SZ";
 /// How many names of one second are tried.
 const MOST_COLLISIONS: u32 = 9999;
+/// How long a snapshot that is in use is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Create, list, delete or rename snapshots.
 ///
@@ -367,17 +370,26 @@ fn read(directory: &Path) -> Result<Vec<(OsString, SnapshotStatus)>> {
 
 fn delete(args: &DeleteArgs) -> Result<()> {
     for path in snapshots_named(&args.words)? {
-        rustix::fs::rmdir(&path).map_err(|errno| {
-            let status = control::snapshot_status(&path);
-            match errno {
-                Errno::BUSY if status.is_ok_and(|status| status.held) => {
-                    Error::SnapshotHeld(control::lossy(path.file_name().unwrap_or_default()))
-                }
-                errno => explain("cannot delete the snapshot", &path, errno),
-            }
-        })?;
+        delete_one(&path)?;
     }
     Ok(())
+}
+
+/// Tries for a while, as whoever has just read the snapshot may be about to close it.
+fn delete_one(path: &Path) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        match rustix::fs::rmdir(path) {
+            Ok(()) => return Ok(()),
+            Err(Errno::BUSY) if control::snapshot_status(path).is_ok_and(|status| status.held) => {
+                let name = path.file_name().unwrap_or_default();
+                return Err(Error::SnapshotHeld(control::lossy(name)));
+            }
+            // rmdir(2) has waited for a part of it. In between others have the folder's lock.
+            Err(Errno::BUSY) if start.elapsed() < PATIENCE => std::thread::sleep(PATIENCE / 20),
+            Err(errno) => return Err(explain("cannot delete the snapshot", path, errno)),
+        }
+    }
 }
 
 fn hold(args: &HoldArgs, held: bool) -> Result<()> {

@@ -64,8 +64,8 @@ const BLOCKING_THREADS: usize = 8;
 const CHANGE_THREADS: usize = 32;
 
 /// How long the deletion of a snapshot waits for its files to be closed: the kernel tells of a close(2) only
-/// after it has returned.
-const DELETE_PATIENCE: Duration = Duration::from_secs(2);
+/// after it has returned. rmdir(2) holds the folder's lock meanwhile, which a new snapshot and a listing want.
+const DELETE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What fuser drives.
 struct Adapter {

@@ -97,10 +97,13 @@ pub(super) fn name_of(number: u32) -> String {
     format!("{number:016x}.seg")
 }
 
+/// No journal comes to have so many segments: what has such a number is not of cowfs, and none could follow it.
+const MOST: u32 = 0xfff0_0000;
+
 pub(super) fn number_of(name: &[u8]) -> Option<u32> {
     let digits = std::str::from_utf8(name).ok()?.strip_suffix(".seg")?;
     let number = u32::from_str_radix(digits, 16).ok()?;
-    (name_of(number).as_bytes() == name).then_some(number)
+    (number < MOST && name_of(number).as_bytes() == name).then_some(number)
 }
 
 impl Media for FileMedia {

@@ -206,6 +206,8 @@ impl Store {
                 self.snapshots.drop_deleted(&self.journal, &job.done)?;
             }
             upkeep.emptied.extend(&job.done);
+            let table = self.snapshots.published();
+            upkeep.emptied.retain(|k| table.all.get(*k).is_some());
             // A sweep counts as done once a checkpoint has said so.
             upkeep.sweep &= !job.sweep;
             upkeep.segments_due = true;
