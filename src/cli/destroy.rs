@@ -5,7 +5,9 @@ use crate::control;
 use crate::engine::pairing;
 use crate::error::{Error, Result};
 use crate::store::{Store, StoreOptions};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use crate::sys;
+use rustix::fd::AsFd;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::path::{Path, PathBuf};
 
@@ -57,11 +59,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         Mode::from_raw_mode(0o600),
     )
     .map_err(|errno| Error::path("cannot open the lock of", &hidden, errno))?;
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::Source {
-            path: source.clone(),
-            why: "is mounted by cowfs; unmount it first (cowfs umount)".into(),
-        }
+    // After umount(8) the daemon writes its store for a moment.
+    sys::lock_patiently(lock.as_fd()).map_err(|_| Error::Source {
+        path: source.clone(),
+        why: "is mounted by cowfs; unmount it first (cowfs umount)".into(),
     })?;
     if !args.yes {
         check_unused(&source, &hidden)?;

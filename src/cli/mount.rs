@@ -69,6 +69,12 @@ OPTIONS OF -o
   snapshot=NAME            mount one snapshot by itself, read-only, with the inode numbers of the live tree;
                            SOURCE is mounted already, or a path in its mount
   store=DIR                keep the store in DIR, not in SOURCE/.cowfs
+  store-limit=SIZE         what snapshots may take, as in 20G (default: what the disk has)
+  store-reserve=SIZE, N%   what must stay free on the disk (default 0)
+  on-full=drop             without room the oldest snapshots that are not held go (default)
+  on-full=invalidate       those that would miss something become invalid
+  on-full=enospc           changes fail with ENOSPC
+  user-snapshots           whoever may write to the root directory may create snapshots
   snapshot-dir=NAME        reach snapshots as NAME, not as .snapshots
   durability=ordered       sync what snapshots need in the background (default)
   durability=strict        sync it before each change that it guards

@@ -54,10 +54,10 @@ enum Command {
 /// directory. A single argument is a PATH if it has a slash or is a directory, otherwise a NAME. Without a NAME
 /// the snapshot is called by the time in UTC, as 20261122T001401Z, with .1, .2 and so on if there is one already.
 #[derive(clap::Args)]
-#[command(after_help = CREATE_EXAMPLE)]
+#[command(after_help = CREATE_EXAMPLE, override_usage = "cowfs snapshot create [OPTIONS] [PATH] [NAME]")]
 struct CreateArgs {
     /// PATH and NAME, either or none.
-    #[arg(value_name = "PATH> <NAME", num_args = 0..=2)]
+    #[arg(value_name = "ARGUMENT", num_args = 0..=2)]
     words: Vec<OsString>,
     /// Name it by the time in UTC, by this strftime(3) pattern [default: %Y%m%dT%H%M%SZ].
     #[arg(long, value_name = "STRFTIME")]
@@ -96,10 +96,10 @@ EXAMPLE
 /// The arguments are [PATH] NAME... PATH is the mount point or any path inside the mount; the first of several
 /// arguments is the PATH if it has a slash or is a directory. A NAME may be the path that `create` printed.
 #[derive(clap::Args)]
-#[command(after_help = DELETE_EXAMPLE)]
+#[command(after_help = DELETE_EXAMPLE, override_usage = "cowfs snapshot delete [PATH] <NAME>...")]
 struct DeleteArgs {
     /// PATH, if not the current directory, and at least one NAME.
-    #[arg(value_name = "PATH> <NAME", num_args = 1.., required = true)]
+    #[arg(value_name = "ARGUMENT", num_args = 1.., required = true)]
     words: Vec<OsString>,
 }
 
@@ -113,10 +113,10 @@ EXAMPLE
 /// The arguments are [PATH] OLD NEW. PATH is the mount point or any path inside the mount; without it the current
 /// directory.
 #[derive(clap::Args)]
-#[command(after_help = RENAME_EXAMPLE)]
+#[command(after_help = RENAME_EXAMPLE, override_usage = "cowfs snapshot rename [PATH] <OLD> <NEW>")]
 struct RenameArgs {
     /// PATH, if not the current directory, then OLD and NEW.
-    #[arg(value_name = "PATH> <OLD> <NEW", num_args = 2..=3, required = true)]
+    #[arg(value_name = "ARGUMENT", num_args = 2..=3, required = true)]
     words: Vec<OsString>,
 }
 
@@ -131,7 +131,7 @@ EXAMPLE
 #[command(after_help = HOLD_EXAMPLE)]
 struct HoldArgs {
     /// PATH, if not the current directory, and at least one NAME.
-    #[arg(value_name = "PATH> <NAME", num_args = 1.., required = true)]
+    #[arg(value_name = "ARGUMENT", num_args = 1.., required = true)]
     words: Vec<OsString>,
 }
 

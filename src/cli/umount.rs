@@ -63,7 +63,7 @@ pub(super) struct HelperArgs {
 
 const HELPER_EXAMPLE: &str = "\
 EXAMPLE
-  ln -s \"$(command -v cowfs)\" /sbin/umount.fuse.cowfs   then umount(8) waits for the daemon";
+  ln -s \"$(command -v cowfs)\" /sbin/umount.fuse.cowfs   for umount(8) as far as it asks helpers";
 
 impl From<HelperArgs> for Args {
     fn from(args: HelperArgs) -> Self {

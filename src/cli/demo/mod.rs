@@ -31,8 +31,8 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// Builds a tree of real files in a temporary place, mounts it, and lets several writers keep files consistent
 /// with one another without ever stopping. Then it copies the tree with plain `cp -a`, with the writers held
 /// for as long as `cp -a` runs, and from a cowfs snapshot, and prints which copies are consistent and how long
-/// any writer had to wait. Everything is removed at the end. It takes root, /dev/fuse, about 600 MB of free
-/// space and less than a minute. The exit code is 0 if the plain copy was broken and the snapshot right.
+/// any writer had to wait. Everything is removed at the end. It takes root or fusermount3, /dev/fuse, about
+/// 600 MB of free space and less than a minute. The exit code is 0 if the plain copy was broken and the snapshot right.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct Args {
