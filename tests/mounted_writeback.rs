@@ -187,6 +187,50 @@ fn a_time_that_dies_with_the_server_was_nearly_what_is_there() {
     assert!(off < Duration::from_secs(1), "{off:?} later than shown");
 }
 
+/// The kernel tells a time once, and the server that it told may be another one than that which has to show it.
+#[test]
+fn the_times_of_open_files_outlive_their_server() {
+    let mount = writeback("wb-times-takeover");
+    let paths: Vec<_> = (0..12)
+        .map(|n| mount.mnt.join(format!("file-{n}")))
+        .collect();
+    let create = |path| {
+        let file = fs::File::create(path).unwrap();
+        file.write_all_at(&[1; 20_000], 0).unwrap();
+        file
+    };
+    let files: Vec<_> = paths.iter().map(create).collect();
+    for round in 0..6 {
+        mount.snapshot(&format!("before-{round}"));
+        for file in &files {
+            file.write_all_at(&[2; 100], 10_000).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(40));
+        match round % 3 {
+            // The kernel tells of all, and has pages to write back later.
+            0 => files.iter().for_each(|file| {
+                file.sync_all().unwrap();
+                file.write_all_at(&[3; 100], 10_000).unwrap();
+            }),
+            1 => files.iter().for_each(|file| file.sync_all().unwrap()),
+            _ => {}
+        }
+        mount.kill_server();
+        let shown: Vec<_> = paths.iter().map(|path| modified(path)).collect();
+        let snapshot = mount.snapshot(&format!("after-{round}"));
+        for (path, shown) in paths.iter().zip(&shown) {
+            let seen = modified(&snapshot.join(path.file_name().unwrap()));
+            assert_eq!(seen, *shown, "VIOLATION: round {round}, {}", path.display());
+        }
+    }
+    assert_eq!(mount.takeovers(), 6);
+    let shown: Vec<_> = paths.iter().map(|path| modified(path)).collect();
+    drop(files);
+    mount.remount();
+    let left: Vec<_> = paths.iter().map(|path| modified(path)).collect();
+    assert_eq!(left, shown);
+}
+
 /// Ends the other threads of a test, also when it fails.
 struct Stop<'a>(&'a AtomicBool);
 

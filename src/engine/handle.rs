@@ -193,6 +193,19 @@ impl Handles {
         id
     }
 
+    /// All open files.
+    pub(super) fn all_files(&self) -> Vec<Arc<OpenFile>> {
+        let shards = self.files.iter().map(|shard| shard.read());
+        shards
+            .flat_map(|shard| {
+                shard
+                    .values()
+                    .map(|open| open.what.clone())
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
     /// The open file behind a number.
     pub fn file(&self, id: HandleId) -> Result<Arc<OpenFile>> {
         self.shard(id)

@@ -13,10 +13,11 @@ mod codec;
 use super::nodes::NodeId;
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino};
-use crate::store::{EntryImage, ObjectHandle};
+use crate::store::{EntryImage, ObjectHandle, Timestamp};
 use crate::sync::{Mutex, RwLock};
 use crate::sys::SharedWords;
-use codec::{FIXED, LONGEST_HANDLE, decode, encode_handle, encode_intent, encode_node, number};
+use codec::{FIXED, LONGEST_HANDLE, decode, number};
+use codec::{encode_handle, encode_intent, encode_node, encode_time, nanoseconds};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
@@ -98,11 +99,21 @@ pub struct Intent {
     pub there: bool,
 }
 
+/// The time of last modification that the kernel has for a file that is open for writing, where it keeps these times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownTime {
+    /// The file.
+    pub ino: Ino,
+    /// The time.
+    pub time: Timestamp,
+}
+
 /// What a slot holds.
 enum Record {
     Node(KnownNode),
     Handle(KnownHandle),
     Intent(Intent),
+    Time(KnownTime),
 }
 
 /// What an earlier daemon of the same mount left.
@@ -114,6 +125,8 @@ pub struct Found {
     pub handles: Vec<(Slot, KnownHandle)>,
     /// Requests that may have been carried out, with their slots.
     pub intents: Vec<(Slot, Intent)>,
+    /// Times that the kernel was told or told, with their slots.
+    pub times: Vec<(Slot, KnownTime)>,
 }
 
 /// The slots. All methods but [`Self::take_over`] leave what they cannot write unwritten: an inventory that lacks
@@ -243,6 +256,7 @@ impl Inventory {
                     Some(Record::Handle(handle)) => found.handles.push((slot, handle)),
                     // It stays until the request has been answered: the next daemon may die over it as well.
                     Some(Record::Intent(intent)) => found.intents.push((slot, intent)),
+                    Some(Record::Time(time)) => found.times.push((slot, time)),
                     None if !head => continue,
                     None => {}
                 }
@@ -284,6 +298,16 @@ impl Inventory {
     /// Writes down a request before it is carried out. To be removed when it has been answered.
     pub fn add_intent(&self, intent: &Intent) -> Option<Slot> {
         self.add(encode_intent(intent).words())
+    }
+
+    /// Writes down a time that the kernel has.
+    pub fn add_time(&self, known: &KnownTime) -> Option<Slot> {
+        self.add(encode_time(known).words())
+    }
+
+    /// The same when it has another.
+    pub fn set_time(&self, slot: Slot, time: Timestamp) {
+        self.put(slot, 2, &[nanoseconds(time)]);
     }
 
     /// Empties a slot.
@@ -425,6 +449,14 @@ mod tests {
             there: true,
         };
         let noted = first.add_intent(&intent).unwrap();
+        let time = |sec| KnownTime {
+            ino: Ino(8),
+            time: Timestamp { sec, nsec: 7 },
+        };
+        let timed = first.add_time(&time(5)).unwrap();
+        // Beyond what a word holds: not known.
+        assert!(first.add_time(&time(i64::MAX)).is_some());
+        first.set_time(timed, time(-6).time);
         first.set_lookups(a, 5);
         first.remove(b);
         let copy = rustix::io::fcntl_dupfd_cloexec(first.file(), 0).unwrap();
@@ -443,17 +475,15 @@ mod tests {
         assert_eq!(found.nodes, all);
         assert_eq!(found.handles, [(open, file)]);
         assert_eq!(found.intents, [(noted, intent)]);
+        assert_eq!(found.times, [(timed, time(-6))]);
         // What was free or done with is used again, and nothing else.
         let again = [
             second.add_node(&node(8, Aspect::Live)).unwrap(),
             second.add_node(&node(9, Aspect::Live)).unwrap(),
             second.add_node(&node(10, Aspect::Live)).unwrap(),
         ];
-        assert!(
-            again
-                .iter()
-                .all(|slot| ![a, folder, places[0], places[1], open, noted].contains(slot))
-        );
+        let used = [a, folder, places[0], places[1], open, noted, timed];
+        assert!(again.iter().all(|slot| !used.contains(slot)));
     }
 
     #[test]

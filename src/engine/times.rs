@@ -3,19 +3,20 @@
 //! The kernel notes when a file was written to, and tells of it with each fsync(2). Set on the backing file each time, it
 //! makes every fsync(2) beneath wait for the journal of that filesystem, where an overwrite alone needs none. So for a file
 //! that is synced all the time it is set once in a while, and when the file is closed. Until then it is noted here, and
-//! shown wherever the file's attributes are; a cut keeps it. What a daemon that dies leaves on the backing file is the time
-//! at which it wrote the same bytes.
+//! shown wherever the file's attributes are; a cut keeps it. The next server of the mount finds it in the inventory. What
+//! server and keeper leave on the backing file if both die is the time at which the same bytes were written.
 
 use super::Engine;
 use super::attr::Attr;
 use super::handle::{LiveFile, OpenFile};
+use super::inventory::{Found, Inventory, KnownTime, Slot};
 use super::nodes::Node;
 use super::object::Object;
 use super::snapshot::now;
 use crate::error::Result;
 use crate::ids::Ino;
 use crate::store::{AttrImage, Timestamp};
-use crate::sync::{AtomicUsize, Ordering, RwLock};
+use crate::sync::{Arc, AtomicUsize, Ordering, RwLock};
 use rustix::fd::AsFd;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -25,9 +26,10 @@ use std::time::{Duration, Instant};
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The times of files that are open for writing through a mount whose kernel keeps them. Told of under the lock of the
-/// object; a leaf in lock order.
-#[derive(Default)]
+/// object; in lock order before the inventory alone.
 pub(super) struct KernelTimes {
+    /// Where the times are written down for the next server of the mount.
+    inventory: Option<Arc<Inventory>>,
     objects: RwLock<HashMap<Ino, Told>>,
     /// How many there are, for those who need not look closer.
     count: AtomicUsize,
@@ -42,9 +44,43 @@ struct Told {
     owed: bool,
     /// How often the file is open for writing.
     opens: u32,
+    /// Where the time is written down.
+    slot: Option<Slot>,
 }
 
 impl KernelTimes {
+    /// An empty table, written down in `inventory`.
+    pub(super) fn new(inventory: Option<Arc<Inventory>>) -> Self {
+        Self {
+            inventory,
+            objects: RwLock::default(),
+            count: AtomicUsize::new(0),
+        }
+    }
+
+    /// Takes up what an earlier server of this mount wrote down, which may not have set it on the backing file.
+    fn restore(&self, found: &Found) {
+        self.change(|objects| {
+            for (slot, KnownTime { ino, time }) in &found.times {
+                let told = Told {
+                    time: *time,
+                    set: None,
+                    owed: true,
+                    opens: 0,
+                    slot: Some(*slot),
+                };
+                objects.insert(*ino, told);
+            }
+        });
+    }
+
+    fn note(&self, told: &mut Told, time: Timestamp) {
+        told.time = time;
+        if let (Some(inventory), Some(slot)) = (&self.inventory, told.slot) {
+            inventory.set_time(slot, time);
+        }
+    }
+
     fn is_empty(&self) -> bool {
         self.count.load(Ordering::SeqCst) == 0
     }
@@ -68,6 +104,13 @@ impl KernelTimes {
         owing.map(|(ino, _)| *ino).collect()
     }
 
+    /// The objects that are not open any more.
+    fn closed_meanwhile(&self) -> Vec<Ino> {
+        let objects = self.objects.read();
+        let closed = objects.iter().filter(|(_, told)| told.opens == 0);
+        closed.map(|(ino, _)| *ino).collect()
+    }
+
     /// Whether a file is open for writing whose time the kernel keeps.
     pub(super) fn knows(&self, ino: Ino) -> bool {
         !self.is_empty() && self.objects.read().contains_key(&ino)
@@ -76,11 +119,15 @@ impl KernelTimes {
     /// A file was opened for writing, which now has this time.
     fn opened(&self, ino: Ino, time: Timestamp) {
         self.change(|objects| {
-            let told = objects.entry(ino).or_insert(Told {
+            let told = objects.entry(ino).or_insert_with(|| Told {
                 time,
                 set: None,
                 owed: false,
                 opens: 0,
+                slot: self
+                    .inventory
+                    .as_ref()
+                    .and_then(|inventory| inventory.add_time(&KnownTime { ino, time })),
             });
             told.opens += 1;
         });
@@ -94,11 +141,15 @@ impl KernelTimes {
 
     fn closed(&self, ino: Ino) {
         self.change(|objects| {
-            if let Some(told) = objects.get_mut(&ino) {
-                told.opens -= 1;
-                if told.opens == 0 {
-                    objects.remove(&ino);
+            let Some(told) = objects.get_mut(&ino) else {
+                return;
+            };
+            told.opens = told.opens.saturating_sub(1);
+            if told.opens == 0 {
+                if let (Some(inventory), Some(slot)) = (&self.inventory, told.slot) {
+                    inventory.remove(slot);
                 }
+                objects.remove(&ino);
             }
         });
     }
@@ -108,7 +159,8 @@ impl KernelTimes {
         let lately = |set: Instant| set.elapsed() < INTERVAL;
         match self.objects.write().get_mut(&ino) {
             Some(told) if told.set.is_some_and(lately) && is_recent(time) => {
-                (told.time, told.owed) = (time, true);
+                told.owed = true;
+                self.note(told, time);
                 true
             }
             _ => false,
@@ -118,7 +170,8 @@ impl KernelTimes {
     /// The time has been set on the backing file.
     pub(super) fn set(&self, ino: Ino, time: Timestamp) {
         if let Some(told) = self.objects.write().get_mut(&ino) {
-            (told.time, told.set, told.owed) = (time, Some(Instant::now()), false);
+            (told.set, told.owed) = (Some(Instant::now()), false);
+            self.note(told, time);
         }
     }
 
@@ -200,6 +253,28 @@ impl Engine {
                 None => self.backing.stat(file.fd())?.mtime,
             };
             self.times.opened(ino, time);
+        }
+        Ok(())
+    }
+
+    /// Takes up what an earlier server of this mount had opened, with the times that the kernel has: of what it told that
+    /// one of, it does not tell again.
+    ///
+    /// # Errors
+    /// Those of statx(2).
+    pub fn leave_times_of_open(&self, found: &Found) -> Result<()> {
+        self.times.restore(found);
+        for file in self.handles.all_files() {
+            if let OpenFile::Live(live) = &*file {
+                self.leave_time(live, None)?;
+            }
+        }
+        // What was being closed.
+        for ino in self.times.closed_meanwhile() {
+            if let Some(Node::Live(object)) = self.nodes.get(self.nodes.live_id(ino)) {
+                self.settle_time_of(&object);
+            }
+            self.times.closed(ino);
         }
         Ok(())
     }

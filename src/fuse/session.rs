@@ -120,6 +120,7 @@ impl Server {
         let helpers = vec![helper.numbers(), cleaner.numbers()];
         let gate = if config.cache == CacheMode::Writeback {
             let gate = Gate::new(engine.clone(), helper)?;
+            engine.leave_times_of_open(&found)?;
             engine.set_barrier(Some(gate.clone()));
             Some(gate)
         } else {

@@ -1,8 +1,8 @@
 //! What a slot holds, as words: pure.
 
-use super::{Aspect, Intent, KnownHandle, KnownNode, Record, WORD};
+use super::{Aspect, Intent, KnownHandle, KnownNode, KnownTime, Record, WORD};
 use crate::ids::{Epoch, Ino};
-use crate::store::{EntryImage, ObjectHandle};
+use crate::store::{EntryImage, ObjectHandle, Timestamp};
 
 /// Bytes of a slot before the handle.
 pub(super) const FIXED: usize = 32;
@@ -15,6 +15,7 @@ const NODE: u8 = 1;
 const FILE: u8 = 2;
 const DIRECTORY: u8 = 3;
 const INTENT: u8 = 4;
+const TIME: u8 = 5;
 /// In place of a snapshot's number.
 const LIVE: u64 = 0;
 const FOLDER: u64 = u64::MAX;
@@ -86,6 +87,28 @@ pub(super) fn encode_intent(intent: &Intent) -> Words {
     Words::new([INTENT, 0, 0, 0], 0, numbers)
 }
 
+pub(super) fn encode_time(known: &KnownTime) -> Words {
+    let numbers = [known.ino.0, nanoseconds(known.time), 0];
+    Words::new([TIME, 0, 0, 0], 0, numbers)
+}
+
+const SECOND: i64 = 1_000_000_000;
+
+/// A time in one word, so that it is written whole: nanoseconds since 1970, or `i64::MIN` for one that is too far from it.
+pub(super) fn nanoseconds(time: Timestamp) -> u64 {
+    let whole = time.sec.checked_mul(SECOND);
+    let all = whole.and_then(|whole| whole.checked_add(i64::from(time.nsec)));
+    all.unwrap_or(i64::MIN) as u64
+}
+
+fn time_of(nanoseconds: u64) -> Option<Timestamp> {
+    let all = nanoseconds as i64;
+    (all != i64::MIN).then(|| Timestamp {
+        sec: all.div_euclid(SECOND),
+        nsec: all.rem_euclid(SECOND) as u32,
+    })
+}
+
 pub(super) fn number(bytes: &[u8], at: usize) -> Option<u64> {
     let bytes = bytes.get(at..at + 8)?;
     Some(u64::from_le_bytes(bytes.try_into().ok()?))
@@ -129,6 +152,10 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
             flags: word as i32,
             unique: field(2)?,
             directory: what == DIRECTORY,
+        })),
+        TIME => Some(Record::Time(KnownTime {
+            ino: Ino(field(0)?),
+            time: time_of(field(1)?)?,
         })),
         INTENT => Some(Record::Intent(Intent {
             unique: field(0)?,
