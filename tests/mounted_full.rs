@@ -377,3 +377,34 @@ fn a_removed_file_that_is_open_is_counted_to_the_end() {
         wait_for_none(name);
     }
 }
+
+/// A file without a name is in no snapshot that is cut later, and nothing more is kept of it for these.
+#[test]
+fn a_removed_file_that_is_open_costs_later_snapshots_nothing() {
+    let mount = Mount::on_own_disk("open-removed-kept", LIMIT, 400);
+    let kept = || status(&mount)["preimage_bytes"].as_u64().unwrap();
+    let write = |file: &File, byte: u8| file.write_all_at(&vec![byte; 4 * MIB], 0).unwrap();
+    let (removed, replaced) = (mount.mnt.join("removed"), mount.mnt.join("replaced"));
+    let files = [&removed, &replaced].map(|path| open_rw(path));
+    files.iter().for_each(|file| write(file, 1));
+    let first = mount.snapshot("first");
+    fs::remove_file(&removed).unwrap();
+    fs::write(mount.mnt.join("new"), "new").unwrap();
+    fs::rename(mount.mnt.join("new"), &replaced).unwrap();
+    for round in 2..6 {
+        files.iter().for_each(|file| write(file, round));
+        if round == 3 {
+            mount.kill_server();
+        }
+        mount.snapshot(&format!("later-{round}"));
+    }
+    assert!(kept() < 9 * MIB as u64, "{} bytes", kept());
+    for name in ["removed", "replaced"] {
+        assert!(fs::read(first.join(name)).unwrap() == vec![1; 4 * MIB]);
+    }
+    for file in &files {
+        let mut now = vec![0; 4 * MIB];
+        file.read_exact_at(&mut now, 0).unwrap();
+        assert!(now == vec![5; 4 * MIB]);
+    }
+}

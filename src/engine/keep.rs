@@ -43,7 +43,7 @@ pub struct Op<'a> {
 struct Aim {
     /// The label of what is kept now.
     label: Epoch,
-    /// The newest snapshot not later than `label`: a pre-image labelled from here on serves it.
+    /// The newest snapshot not later than `label` that shows the object: a pre-image labelled from here on serves it.
     base: Epoch,
 }
 
@@ -178,7 +178,8 @@ impl<'a> Op<'a> {
     /// the newest.
     fn aim(&mut self, object: &Object) -> Result<Option<Aim>> {
         let label = self.epoch_of(object);
-        let Some(base) = self.engine.guard(label) else {
+        let last_shown = self.kept(object)?.removed.unwrap_or(label).min(label);
+        let Some(base) = self.engine.guard(last_shown) else {
             return Ok(None);
         };
         let store = &self.engine.store;
@@ -223,6 +224,13 @@ impl<'a> Op<'a> {
             |_| Ok(birth),
         )?;
         Ok(true)
+    }
+
+    /// Notes that the last name of `object` is gone, which was in `dir`.
+    pub fn note_removed(&mut self, dir: &Object, object: &Object) -> Result<()> {
+        let epoch = self.epoch_of(dir).max(self.epoch_of(object));
+        self.kept(object)?.removed = Some(epoch);
+        Ok(())
     }
 
     /// Notes in which epoch the new object `object` was born, so that no snapshot up to then keeps anything

@@ -42,6 +42,8 @@ pub struct Kept {
     pub changes: u64,
     /// The epoch of its latest change.
     pub changed: Option<Epoch>,
+    /// The epoch in which its last name went, of which an open file may be left; no later snapshot shows it.
+    pub removed: Option<Epoch>,
 }
 
 /// A run of writes that each need the blocks kept that follow those of the one before.
@@ -102,6 +104,7 @@ impl Kept {
             run: Run::NONE,
             changes: 0,
             changed: None,
+            removed: None,
         }
     }
 

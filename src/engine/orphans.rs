@@ -64,6 +64,7 @@ impl Engine {
                 && object.entry.handle == record.handle
             {
                 object.retained.store(true, Ordering::SeqCst);
+                object.lock().removed = Some(record.removed);
             }
         }
         let mut hidden: HashSet<Ino> = retained.iter().map(|record| record.ino).collect();

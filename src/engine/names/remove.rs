@@ -67,6 +67,9 @@ impl Engine {
             }
             self.backing
                 .forget_place(dir.ino(), name, child.ino(), !last);
+            if last {
+                op.note_removed(dir, &child)?;
+            }
             return Ok(());
         }
     }

@@ -172,6 +172,7 @@ impl Engine {
             }
             if last {
                 self.unsettled.forget(target.ino());
+                op.note_removed(at.to_dir, target)?;
             }
             return Ok(());
         }
@@ -181,7 +182,7 @@ impl Engine {
         });
         done.map_err(|error| self.unretain(target, error))?;
         self.note_retained(target);
-        Ok(())
+        op.note_removed(at.to_dir, target)
     }
 
     fn replace_directory(&self, at: &Places<'_>, target: &Object) -> Result<()> {
