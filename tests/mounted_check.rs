@@ -233,13 +233,26 @@ fn what_a_check_copies_is_for_nobody_and_goes() {
         met
     });
     assert!(met, "no check was seen at work");
+    // nohup(1): what was ignored stays so.
+    for _ in 0..20 {
+        let mut check = Command::new("sh");
+        check.args(["-c", "trap '' HUP; exec \"$@\" >/dev/null", "sh"]);
+        check.arg(cowfs_bin()).arg("check").arg(&mount.backing);
+        let mut check = check.env("TMPDIR", &place).spawn().unwrap();
+        while there().is_none() && check.try_wait().unwrap().is_none() {}
+        let pid = Pid::from_raw(check.id() as i32).unwrap();
+        // It may have ended by itself.
+        let _ = rustix::process::kill_process(pid, Signal::HUP);
+        assert_eq!(check.wait().unwrap().code(), Some(0));
+    }
     mount.mount();
 }
 
 /// Mounting does not make it be forgotten that a snapshot has lost a file.
 #[test]
 fn a_lost_file_of_a_snapshot_marks_it() {
-    let mount = Mount::new("check-retained", LIMIT);
+    // xfs gives the number of a removed file to the next one.
+    let mount = Mount::on_disk_of("check-retained", LIMIT, "xfs", 400);
     fs::write(mount.mnt.join("f"), "precious").unwrap();
     mount.snapshot("with it");
     fs::remove_file(mount.mnt.join("f")).unwrap();
@@ -271,6 +284,17 @@ fn a_lost_file_of_a_snapshot_marks_it() {
     }
     expect(&cowfs(&["check"], &[&mount.backing]), 0, "note: retained/");
     mount.mount();
+    // The record that is left is of no file that gets the number of the lost one.
+    let files: Vec<_> = (0..50)
+        .map(|n| File::create(mount.mnt.join(format!("g{n}"))).unwrap())
+        .collect();
+    mount.kill_server();
+    let snapshot = mount.snapshot("later");
+    for n in 0..files.len() {
+        let name = format!("g{n}");
+        assert_eq!(fs::metadata(snapshot.join(&name)).unwrap().nlink(), 1);
+        fs::hard_link(mount.mnt.join(&name), mount.mnt.join(format!("h{n}"))).unwrap();
+    }
 }
 
 /// What others put among the retained objects keeps no directory from being mounted.

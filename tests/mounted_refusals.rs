@@ -257,6 +257,35 @@ fn a_refused_store_leaves_nothing() {
     mount.mount();
 }
 
+/// A store on another filesystem may be moved to a larger one.
+#[test]
+fn a_store_elsewhere_can_be_moved() {
+    let mount = Mount::on_disk_of("moved-store", LIMIT, "ext4", 200);
+    let [a, mnt] = ["a", "other-mnt"].map(|name| mount.root.join(name));
+    for dir in [&a, &mnt] {
+        fs::create_dir(dir).unwrap();
+    }
+    mount.umount();
+    let disk = mount.backing.parent().unwrap();
+    let (here, there) = (disk.join("here"), disk.join("there"));
+    let with = |store: &Path| format!("store={}", store.display());
+    cowfs(&words(&["mount", "-o", &with(&here)], &[&a, &mnt])).success("mount");
+    fs::write(mnt.join("f"), "old").unwrap();
+    fs::create_dir(mnt.join(".snapshots/s")).unwrap();
+    fs::write(mnt.join("f"), "new").unwrap();
+    cowfs(&words(&["umount"], &[&mnt])).success("umount");
+    let mut cp = Command::new("cp");
+    run(cp.arg("-a").args([&here, &there]), LIMIT).success("cp -a");
+    fs::remove_dir_all(&here).unwrap();
+    for _ in 0..2 {
+        cowfs(&words(&["mount", "-o", &with(&there)], &[&a, &mnt])).success("mount");
+        let kept = fs::read(mnt.join(".snapshots/s/f"));
+        cowfs(&words(&["umount"], &[&mnt])).success("umount");
+        assert_eq!(kept.unwrap(), b"old");
+    }
+    mount.mount();
+}
+
 /// Who forgets store= is refused, with nothing made, and a command that destroys does not take what is elsewhere for nothing.
 #[test]
 fn a_store_elsewhere_is_not_forgotten() {
@@ -380,6 +409,9 @@ fn a_lost_session_file_is_no_older_store() {
     fs::remove_file(mount.backing.join(".cowfs/store/journal/session")).unwrap();
     let said = check().stdout;
     assert!(said.contains("makes the snapshots suspect"), "{said}");
+    // Who opens the store without a session makes no session file that would be taken for another one.
+    cowfs(&words(&["check", "--repair"], &[&mount.backing])).success("check --repair");
+    refused(&words(&["destroy"], &[&mount.backing]), 3, &["1 snapshots"]);
     for _ in 0..2 {
         mount.mount();
         let list = cowfs(&words(&["snapshot", "list"], &[&mount.mnt])).success("list");

@@ -7,7 +7,6 @@ use crate::engine::check;
 use crate::error::{Error, Result};
 use crate::store::{CheckReport, Finding, Severity};
 use serde::Serialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::ffi::{OsStr, OsString};
 use std::fs::Permissions;
@@ -113,7 +112,7 @@ fn look(args: &Args, store: Option<PathBuf>) -> Result<(Vec<String>, CheckReport
 fn scratch() -> Result<TempDir> {
     let failed = |e: std::io::Error| Error::io("cannot listen for", "signals", &e);
     // First: one that comes in between is looked at by the thread.
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(failed)?;
+    let mut signals = Signals::new(super::ending_signals()).map_err(failed)?;
     let place = std::env::temp_dir();
     let scratch = tempfile::Builder::new()
         .prefix("cowfs-check.")

@@ -15,6 +15,7 @@ mod verify;
 
 use crate::error::Error;
 use clap::{Parser, Subcommand};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -139,6 +140,19 @@ fn dispatch(arguments: &[OsString]) -> Result<(), Failure> {
             }
         },
     }
+}
+
+/// The signals that end a command which has something to take away first, but for those that were ignored when it was
+/// started: by nohup(1), or by a shell for its background jobs.
+fn ending_signals() -> Vec<i32> {
+    // proc(5)
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let is_ignored = |signal: &i32| ignored.unwrap_or(0) >> (signal - 1) & 1 == 1;
+    let mut signals = vec![SIGINT, SIGTERM, SIGHUP];
+    signals.retain(|signal| !is_ignored(signal));
+    signals
 }
 
 fn called_as(arguments: &[OsString]) -> Option<&str> {

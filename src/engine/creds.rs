@@ -89,6 +89,10 @@ impl ActingAs {
             own.get()
         });
         let umask = alone.then(|| rustix::process::umask(Mode::from_raw_mode(caller.umask)));
+        if !alone {
+            // A mode must not lack more than what the kernel has taken from it already.
+            rustix::process::umask(Mode::empty());
+        }
         let ids = is_root() && (caller.uid != 0 || caller.gid != 0);
         if ids {
             sys::set_fs_ids(caller.uid, caller.gid);

@@ -198,13 +198,13 @@ impl Engine {
             Some(media) => Store::open_with(&store_path, tuning, media),
             None => Store::open(&store_path, tuning),
         };
-        let paired = opened
-            .map_err(|error| backing.named(error))
+        let checked = opened
             .and_then(|store| {
-                pairing::pair(&backing, &store, &store_path, &shown)?;
+                pairing::check_store(&backing.hidden_path(), &store, &shown)?;
                 Ok(store)
-            });
-        let store = paired.inspect_err(|_| backing.take_back())?;
+            })
+            .map_err(|error| backing.named(error));
+        let store = checked.inspect_err(|_| backing.take_back())?;
         let root = backing.root_entry().ino;
         if root.0 >= nodes::INO_MAX {
             return Err(Error::Source {
@@ -213,6 +213,7 @@ impl Engine {
             });
         }
         session::begin(&store)?;
+        pairing::pair(&backing, &store, &store_path, &shown)?;
         let epochs = Arc::new(Epochs::new(store.epoch()));
         let engine = Arc::new(Self {
             cut: Mutex::new(()),

@@ -67,11 +67,9 @@ impl Engine {
                 object.lock().removed = Some(record.removed);
             }
         }
-        let mut hidden: HashSet<Ino> = retained.iter().map(|record| record.ino).collect();
         let orphans: HashSet<Ino> = self.backing.all_orphans()?.into_iter().collect();
-        hidden.extend(&orphans);
         for (slot, handle) in &found.handles {
-            if let Err(error) = self.reopen(*slot, handle, &hidden) {
+            if let Err(error) = self.reopen(*slot, handle, &orphans) {
                 log::warn!("node {} cannot be opened again: {error}", handle.node);
             }
         }
@@ -103,10 +101,10 @@ impl Engine {
         }
     }
 
-    fn reopen(&self, slot: Slot, handle: &KnownHandle, hidden: &HashSet<Ino>) -> Result<()> {
+    fn reopen(&self, slot: Slot, handle: &KnownHandle, orphans: &HashSet<Ino>) -> Result<()> {
         let node = self.node(handle.node)?;
         if let Node::Live(object) = &node
-            && hidden.contains(&object.ino())
+            && orphans.contains(&object.ino())
         {
             object.retained.store(true, Ordering::SeqCst);
         }

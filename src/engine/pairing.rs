@@ -7,6 +7,7 @@
 use super::backing::{self, Backing};
 use crate::error::{Error, Result};
 use crate::store::{ObjectHandle, Store, Timestamp};
+use crate::sys;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -26,7 +27,8 @@ struct Mark {
     /// The handle of the directory: `.cowfs` may have been moved into another.
     root: Option<ObjectHandle>,
     /// The handle of the store's session file, which changes with each session: who puts an older store back over a
-    /// newer one by name makes it anew.
+    /// newer one by name makes it anew. Not of a store on another filesystem: it may be moved to a larger one, and handles
+    /// there need not last.
     session: Option<ObjectHandle>,
 }
 
@@ -53,7 +55,7 @@ impl Mark {
             hidden: Some(backing.hidden_handle()?),
             born: backing.hidden_birth()?,
             root: Some(backing.root_entry().handle.clone()),
-            session: session_of(at)?.map(|(handle, _)| handle),
+            session: session_of(backing, at)?.map(|(handle, _)| handle),
         })
     }
 
@@ -126,8 +128,8 @@ impl Mark {
 
     /// Whether the store at `at` is the one that was last in use here, and not an older state of it. One without a
     /// session file knows nothing of the last session, which makes all snapshots suspect.
-    fn is_last(&self, at: &Path) -> Result<bool> {
-        match (&self.session, session_of(at)?) {
+    fn is_last(&self, backing: &Backing, at: &Path) -> Result<bool> {
+        match (&self.session, session_of(backing, at)?) {
             (Some(known), Some((_, file))) => backing::is_object(file.as_fd(), known, file.as_fd()),
             _ => Ok(true),
         }
@@ -152,8 +154,9 @@ fn parse_time(text: &str) -> Option<Timestamp> {
     })
 }
 
-/// The session file of the store at `at` and its handle, if there is one and its filesystem has handles.
-fn session_of(at: &Path) -> Result<Option<(ObjectHandle, OwnedFd)>> {
+/// The session file of the store at `at` and its handle, if there is one that is in use and on the filesystem of the
+/// directory. One that somebody has made by opening the store, without a session, is empty.
+fn session_of(backing: &Backing, at: &Path) -> Result<Option<(ObjectHandle, OwnedFd)>> {
     let path = at.join("journal/session");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(&path, flags, Mode::empty()) {
@@ -161,11 +164,11 @@ fn session_of(at: &Path) -> Result<Option<(ObjectHandle, OwnedFd)>> {
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
         Err(errno) => return Err(Error::path("cannot open", &path, errno)),
     };
-    match backing::handle_of(file.as_fd()) {
-        Ok(handle) => Ok(Some((handle, file))),
-        Err(Error::Os(Errno::OPNOTSUPP)) => Ok(None),
-        Err(error) => Err(error),
+    let here = sys::device(backing.root())? == sys::device(file.as_fd())?;
+    if !here || rustix::fs::fstat(&file)?.st_size == 0 {
+        return Ok(None);
     }
+    Ok(Some((backing::handle_of(file.as_fd())?, file)))
 }
 
 /// What it is called until it is written, as `check` knows leftovers.
@@ -200,7 +203,9 @@ pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
         Some(mark) if !mark.is_of(backing)? => Err(refusal(shown, OF_ANOTHER)),
         Some(_) if !Store::is_at(store) => Err(refusal(shown, ELSEWHERE)),
         // That of another store is refused when it is open.
-        Some(mark) if Store::uuid_at(store) == Some(mark.store) && !mark.is_last(store)? => {
+        Some(mark)
+            if Store::uuid_at(store) == Some(mark.store) && !mark.is_last(backing, store)? =>
+        {
             Err(refusal(shown, PUT_BACK))
         }
         Some(_) => Ok(()),
@@ -215,7 +220,7 @@ pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
 pub fn forget_lost_session(backing: &Backing, at: &Path) -> Result<()> {
     let hidden = backing.hidden_path();
     let forgotten = match Mark::read(&hidden)? {
-        Some(mark) if mark.session.is_some() && session_of(at)?.is_none() => Mark {
+        Some(mark) if mark.session.is_some() && session_of(backing, at)?.is_none() => Mark {
             session: None,
             ..mark
         },
@@ -242,17 +247,17 @@ pub fn check_store(hidden: &Path, store: &Store, at: &Path) -> Result<()> {
     }
 }
 
-/// As [`check_store`], and notes that they do belong together. `shown` is what the user calls the store at `at`.
+/// Notes that they do belong together, as [`check_store`] has found, when the session has begun. `shown` is what the user
+/// calls the store at `at`.
 ///
 /// # Errors
-/// As [`check_store`], and those of writing.
+/// Those of reading and writing the mark.
 pub fn pair(backing: &Backing, store: &Store, at: &Path, shown: &Path) -> Result<()> {
     pair_in(backing, store, at, shown).map_err(|error| backing.named(error))
 }
 
 fn pair_in(backing: &Backing, store: &Store, at: &Path, shown: &Path) -> Result<()> {
     let hidden = backing.hidden_path();
-    check_store(&hidden, store, shown)?;
     let mark = Mark::of(backing, store, at)?;
     let path = path_of(&hidden);
     match Mark::read(&hidden)? {

@@ -26,12 +26,12 @@ pub fn retained(engine: &Engine) -> Result<()> {
                 .note_retained(record.ino, found.attr.blocks * 512),
             // Recorded, and not moved: either half-way, or the removal did not happen.
             None if finish_exchange(engine, &record)? => {}
+            // Who cannot open by handle does not see whether it has its old name still.
+            None if !engine.backing.overrides_modes() => {
+                engine.store.forget_retained(record.ino)?;
+            }
             None => match check::lost_object(&engine.store, &engine.backing, &record)? {
                 None => engine.store.forget_retained(record.ino)?,
-                // Who cannot open by handle does not see that it has its old name still.
-                Some(_) if !engine.backing.overrides_modes() => {
-                    engine.store.forget_retained(record.ino)?;
-                }
                 Some(finding) => note_lost(engine, &record, &finding)?,
             },
         }

@@ -3,7 +3,6 @@
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicBool, Ordering};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::ffi::OsStr;
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
@@ -15,7 +14,7 @@ pub(super) struct Interrupt(Arc<AtomicBool>);
 impl Interrupt {
     pub(super) fn install() -> Result<Self> {
         let flag = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
+        for signal in crate::cli::ending_signals() {
             signal_hook::flag::register(signal, Arc::clone(&flag))
                 .map_err(|error| Error::io("cannot handle", "signals", &error))?;
         }

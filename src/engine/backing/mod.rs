@@ -233,6 +233,12 @@ impl Backing {
         sys::lock_patiently(lock.as_fd()).map_err(|_| {
             fail("is mounted by cowfs already; unmount it first (cowfs umount)".into())
         })?;
+        if rustix::fs::fstat(&lock)?.st_nlink == 0 {
+            // The lock of one who was refused and has taken it away ([`Self::take_back`]): it is nobody's.
+            return Err(fail(
+                "was being mounted by somebody who was refused; try again".into(),
+            ));
+        }
         let retained = Self::hidden_dir(hidden.as_fd(), b"retained", path)?;
         let orphans = Self::hidden_dir(hidden.as_fd(), b"orphans", path)?;
         let by_handle = reach == Reach::AsPermitted && opens_by_handle(root.as_fd(), lock.as_fd())?;
