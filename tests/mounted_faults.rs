@@ -406,3 +406,44 @@ fn a_sparse_file_of_terabytes_is_kept() {
     fs::remove_file(&path).unwrap();
     assert_eq!(fs::metadata(snapshot.join("f")).unwrap().len(), size);
 }
+
+/// Runs a program that cannot use one system call (seccomp(2)): it gives EPERM.
+const WITHOUT: &str = r#"
+import ctypes, os, struct, sys
+number = int(sys.argv[1])
+allow, refuse, load, equal = 0x7fff0000, 0x00050001, 0x20, 0x15
+lines = [(load, 0, 0, 0), (equal, 0, 1, number), (6, 0, 0, refuse), (6, 0, 0, allow)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
+filter = struct.pack("@HP", len(lines), ctypes.addressof(program))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, filter) == 0, ctypes.get_errno()
+os.execv(sys.argv[2], sys.argv[2:])
+"#;
+
+/// A container may forbid unshare(2), by which a thread gets a umask of its own.
+#[test]
+fn what_is_made_has_its_makers_umask_without_unshare_too() {
+    let mount = Mount::new("no-unshare", LIMIT);
+    for forbidden in [false, true] {
+        mount.umount();
+        let mut start = Command::new("python3");
+        start.args(["-c", WITHOUT]);
+        let number = if forbidden { libc::SYS_unshare } else { -1 };
+        start.arg((number as u32).to_string()).arg(cowfs_bin());
+        run(
+            start.arg("mount").arg(&mount.backing).arg(&mount.mnt),
+            LIMIT,
+        )
+        .success("mount");
+        assert_eq!(mount_type(&mount.mnt).as_deref(), Some("fuse.cowfs"));
+        let script = "umask 022; mkdir d; echo > f; mkfifo p; umask 077; echo > q; stat -c '%a %n' d f p q; rm -r d f p q";
+        let made = run(
+            Command::new("sh")
+                .args(["-ec", script])
+                .current_dir(&mount.mnt),
+            LIMIT,
+        );
+        let made = made.success("sh").stdout;
+        assert_eq!(made, "755 d\n644 f\n644 p\n600 q\n", "{forbidden}");
+    }
+}

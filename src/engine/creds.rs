@@ -78,6 +78,8 @@ pub struct ActingAs {
     ids: bool,
     /// The thread's own umask, for what cowfs makes for itself.
     umask: Option<Mode>,
+    /// What the thread's umask could not be made to take away.
+    masked: u32,
 }
 
 impl ActingAs {
@@ -90,7 +92,7 @@ impl ActingAs {
         });
         let umask = alone.then(|| rustix::process::umask(Mode::from_raw_mode(caller.umask)));
         if !alone {
-            // A mode must not lack more than what the kernel has taken from it already.
+            // What comes on top of what `mode` takes away would be one too many.
             rustix::process::umask(Mode::empty());
         }
         let ids = is_root() && (caller.uid != 0 || caller.gid != 0);
@@ -104,7 +106,14 @@ impl ActingAs {
                     | CapabilitySet::MKNOD
             });
         }
-        Self { ids, umask }
+        let masked = if alone { 0 } else { caller.umask };
+        Self { ids, umask, masked }
+    }
+
+    /// The mode to make something with. Where a thread cannot have a umask of its own (a container may forbid unshare(2)),
+    /// the caller's is taken from it here, though a directory with a default ACL asks for it not to be.
+    pub fn mode(&self, mode: u32) -> u32 {
+        mode & !self.masked
     }
 }
 

@@ -34,10 +34,15 @@ impl Engine {
         let fd = self.object_fd(&dir)?;
         let mut op = self.with_room(BLOCK as u64, || {
             let op = self.begin_new(&dir, name)?;
-            let _acting = ActingAs::new(caller);
+            let acting = ActingAs::new(caller);
             match make {
-                Make::Directory(mode) => self.backing.mkdir(fd.as_fd(), name, mode)?,
-                Make::Node(mode, rdev) => self.backing.mknod(fd.as_fd(), name, mode, rdev)?,
+                Make::Directory(mode) => {
+                    self.backing.mkdir(fd.as_fd(), name, acting.mode(mode))?;
+                }
+                Make::Node(mode, rdev) => {
+                    let mode = acting.mode(mode);
+                    self.backing.mknod(fd.as_fd(), name, mode, rdev)?;
+                }
                 Make::Symlink(target) => self.backing.symlink(fd.as_fd(), name, target)?,
             }
             Ok(op)
@@ -60,7 +65,8 @@ impl Engine {
         let fd = self.object_fd(&dir)?;
         let made = self.with_room(BLOCK as u64, || {
             let op = self.begin_new(&dir, name)?;
-            let _acting = ActingAs::new(caller);
+            let acting = ActingAs::new(caller);
+            let mode = acting.mode(mode);
             let file = self.backing.create(fd.as_fd(), name, mode, access(flags))?;
             Ok((op, file))
         });
