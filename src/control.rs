@@ -247,6 +247,14 @@ pub fn mounts() -> Result<Vec<MountEntry>> {
     Ok(parse_mountinfo(&text))
 }
 
+/// Where the cowfs filesystem with this device number is mounted, as far as this process sees.
+#[must_use]
+pub fn place_of(device: &str) -> Option<PathBuf> {
+    let mut mounts = mounts().ok()?.into_iter();
+    let mount = mounts.find(|mount| mount.device == device && mount.is_cowfs())?;
+    Some(mount.mountpoint)
+}
+
 /// A process that sees the cowfs filesystem with this device number mounted, whatever namespace it is in
 /// (mount_namespaces(7)).
 #[must_use]

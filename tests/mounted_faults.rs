@@ -407,6 +407,44 @@ fn a_sparse_file_of_terabytes_is_kept() {
     assert_eq!(fs::metadata(snapshot.join("f")).unwrap().len(), size);
 }
 
+/// A mount goes along when a directory above it is renamed.
+#[test]
+fn a_directory_above_a_mount_may_be_renamed() {
+    for cache in ["write-through", "writeback"] {
+        let mount = Mount::new(&format!("renamed-{cache}"), LIMIT);
+        let [source, old, new] = ["source", "old", "new"].map(|name| mount.root.join(name));
+        fs::create_dir_all(old.join("m")).unwrap();
+        fs::create_dir(&source).unwrap();
+        let cowfs = |args: &[&str], paths: &[&Path]| {
+            run(Command::new(cowfs_bin()).args(args).args(paths), LIMIT).success(args[0]);
+        };
+        let cache = format!("cache={cache}");
+        cowfs(&["mount", "-o", &cache], &[&source, &old.join("m")]);
+        let file = open_rw(&old.join("m/f"));
+        file.write_all_at(b"one", 0).unwrap();
+        fs::create_dir(old.join("m/.snapshots/a")).unwrap();
+        fs::rename(&old, &new).unwrap();
+        let there = new.join("m");
+        file.write_all_at(b"two", 0).unwrap();
+        fs::create_dir(there.join(".snapshots/b")).unwrap();
+        file.write_all_at(b"xxx", 0).unwrap();
+        assert_eq!(fs::read(there.join(".snapshots/a/f")).unwrap(), b"one");
+        assert_eq!(fs::read(there.join(".snapshots/b/f")).unwrap(), b"two");
+        drop(file);
+        let daemons = daemons(&cowfs_bin(), &old.join("m"));
+        assert!(!daemons.is_empty());
+        for pid in daemons {
+            // A helper may have ended by now.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let start = std::time::Instant::now();
+        while mount_type(&there).is_some() {
+            assert!(start.elapsed() < LIMIT / 2, "still mounted");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
 /// Runs a program that cannot use one system call (seccomp(2)): it gives EPERM.
 const WITHOUT: &str = r#"
 import ctypes, os, struct, sys

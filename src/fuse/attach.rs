@@ -106,7 +106,15 @@ pub(super) fn read_far_ahead(device: &str) -> bool {
 /// ends with its last user. Somebody else may have unmounted it, and what lies beneath is not ours.
 pub fn detach(mountpoint: &Path, device: Option<&str>) {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let done = rustix::fs::open(mountpoint, flags, Mode::empty()).and_then(|root| {
+    let opened = match rustix::fs::open(mountpoint, flags, Mode::empty()) {
+        // A directory above it was renamed.
+        Err(Errno::NOENT) => device
+            .and_then(control::place_of)
+            .ok_or(Errno::NOENT)
+            .and_then(|place| rustix::fs::open(place, flags, Mode::empty())),
+        opened => opened,
+    };
+    let done = opened.and_then(|root| {
         let there = sys::device(root.as_fd())?;
         if device != Some(format!("{}:{}", major(there), minor(there)).as_str()) {
             return Err(Errno::INVAL);

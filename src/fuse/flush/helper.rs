@@ -30,12 +30,13 @@ pub fn run_helper(mountpoint: &Path) -> Result<()> {
     let mut hello = Vec::new();
     put_words(&mut hello, hands.numbers());
     let mut said = output.write_all(&hello).and_then(|()| output.flush());
-    let mut taken = Taken::default();
+    let (mut taken, mut device) = (Taken::default(), None);
     while said.is_ok()
         && let Some((order, nodes)) = read_order(&mut input)
     {
         let mut told = Vec::new();
-        let errno = match carry_out(mountpoint, order, &nodes, &hands, &mut taken, &mut told) {
+        let mount = (mountpoint, &mut device);
+        let errno = match carry_out(mount, order, &nodes, &hands, &mut taken, &mut told) {
             Ok(()) => 0,
             Err(errno) => errno.raw_os_error(),
         };
@@ -69,7 +70,7 @@ fn read_order(input: &mut impl Read) -> Option<(Order, Vec<NodeId>)> {
 
 /// Does what `order` says; `told` gets the nodes of the [`Answer`].
 fn carry_out(
-    mountpoint: &Path,
+    (mountpoint, device): (&Path, &mut Option<u64>),
     order: Order,
     nodes: &[NodeId],
     hands: &Hands,
@@ -87,7 +88,7 @@ fn carry_out(
     let dir = taken
         .root
         .take()
-        .map_or_else(|| open_root(mountpoint).map(Arc::new), Ok)?;
+        .map_or_else(|| open_root(mountpoint, device).map(Arc::new), Ok)?;
     let keeps = matches!(order, Order::Take | Order::Seal | Order::CleanTaken);
     for nodes in nodes.chunks(AT_ONCE) {
         let (mut files, mut others) = (Vec::with_capacity(nodes.len()), Vec::new());
@@ -185,7 +186,7 @@ fn open_apart(device: u64, place: &mut Option<PathBuf>) -> Result<OwnedFd, Errno
     {
         return Ok(root);
     }
-    let number = format!("{}:{}", major(device), minor(device));
+    let number = number_of(device);
     let mut mounts = control::mounts().map_err(|_| Errno::IO)?;
     // A number is given to another filesystem when this one is gone.
     mounts.retain(|mount| mount.device == number && mount.is_cowfs());
@@ -199,6 +200,11 @@ fn open_apart(device: u64, place: &mut Option<PathBuf>) -> Result<OwnedFd, Errno
         }
     }
     opened
+}
+
+/// As the mount table writes it.
+fn number_of(device: u64) -> String {
+    format!("{}:{}", major(device), minor(device))
 }
 
 fn open_apart_at(place: &Path, device: u64) -> Result<OwnedFd, Errno> {
@@ -249,7 +255,25 @@ fn carry_out_at_once<'f>(
     }
 }
 
-fn open_root(mountpoint: &Path) -> Result<OwnedFd, Errno> {
+/// Opens the root of the mount, which was made at `mountpoint`. `device` is its number, once it was opened: a directory above
+/// it may be renamed, or the mount be moved.
+fn open_root(mountpoint: &Path, device: &mut Option<u64>) -> Result<OwnedFd, Errno> {
+    let opened = open_mounted(mountpoint);
+    let there = opened.as_ref().map(|root| sys::device(root.as_fd()));
+    match (&there, *device) {
+        (Ok(Ok(there)), known) if known.is_none_or(|known| known == *there) => {
+            *device = Some(*there);
+            opened
+        }
+        (_, Some(known)) => match control::place_of(&number_of(known)) {
+            Some(place) => open_mounted(&place),
+            None => opened,
+        },
+        _ => opened,
+    }
+}
+
+fn open_mounted(mountpoint: &Path) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(mountpoint, flags, Mode::empty())?;
     if rustix::fs::fstatfs(&dir)?.f_type as u64 != FUSE_MAGIC {
