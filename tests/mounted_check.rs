@@ -225,8 +225,9 @@ fn what_a_check_copies_is_for_nobody_and_goes() {
             };
             assert_eq!(what.permissions().mode() & 0o777, 0o700);
             let pid = Pid::from_raw(check.id() as i32).unwrap();
-            rustix::process::kill_process(pid, Signal::INT).unwrap();
-            met = check.wait().unwrap().signal() == Some(libc::SIGINT);
+            // Not SIGINT, which a shell has its background jobs ignore, and what they start.
+            rustix::process::kill_process(pid, Signal::TERM).unwrap();
+            met = check.wait().unwrap().signal() == Some(libc::SIGTERM);
             break;
         }
         assert!(there().is_none());
