@@ -229,12 +229,9 @@ class Cutter:
             raise self._problem
 
     def _run(self):
-        # The first cuts come sooner, so that what is over within a period on a fast machine is cut as well.
-        pause = self.period / 16
         try:
-            while not self._stop.wait(pause):
+            while not self._stop.wait(self.period):
                 self.cut()
-                pause = min(2 * pause, self.period)
         except BaseException as problem:
             self._problem = problem if isinstance(problem, Failure) else Failure("cutting: %r" % problem)
             self._problem.__cause__ = problem

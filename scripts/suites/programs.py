@@ -26,6 +26,11 @@ def history(path, commits, files):
         raise Failure("git fast-import: " + done.stderr.decode(errors="replace"))
 
 
+def names_nothing(head):
+    with open(head) as f:
+        return ".invalid" in f.read()
+
+
 def git(lab, options):
     """What git does to a repository, with `git fsck` in every snapshot: no object that a branch needs may be missing in any."""
     commits, files = (200, 300) if options.quick else (5000, 4000)
@@ -50,8 +55,9 @@ def git(lab, options):
     searched = 0
     for name in cutter.names:
         inside = os.path.join(lab.snapshot(name), "clone")
-        # Before `git clone` has written a HEAD it is no repository yet.
-        if os.path.exists(os.path.join(inside, ".git/packed-refs")) or os.path.exists(os.path.join(inside, ".git/refs/heads/main")):
+        there = lambda path: os.path.exists(os.path.join(inside, ".git", path))
+        # Before `git clone` has written a HEAD it is no repository yet; at first that names a branch that cannot be.
+        if (there("packed-refs") or there("refs/heads/main")) and not names_nothing(os.path.join(inside, ".git/HEAD")):
             command("git", "-C", inside, *fsck[1:], env=QUIET)
             searched += 1
     if not searched:

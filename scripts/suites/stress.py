@@ -85,7 +85,7 @@ def fio(lab, options):
     config = os.path.join(lab.dir, "fio.conf")
     with open(config, "w") as f:
         f.write(FIO % (lab.mnt, 2 * size, size, size, size))
-    cutter = Cutter(lab, 0.7)
+    cutter = Cutter(lab, 0.2 if options.quick else 0.7)
     rounds = 0
     while rounds < least or cutter.exact < least:
         rounds += 1
