@@ -169,7 +169,7 @@ fn a_large_file_goes_to_the_disk_while_it_is_written() {
         }
     };
     // Others sync the disk now and then: cowfs does, some seconds after it was mounted.
-    for _ in 0..5 {
+    for _ in 0..15 {
         run(&mut Command::new("sync"), LIMIT).success("sync");
         let before = written();
         fill("small", SMALL);
