@@ -420,6 +420,7 @@ fn a_directory_above_a_mount_may_be_renamed() {
         };
         let cache = format!("cache={cache}");
         cowfs(&["mount", "-o", &cache], &[&source, &old.join("m")]);
+        assert_eq!(mount_type(&old.join("m")).as_deref(), Some("fuse.cowfs"));
         let file = open_rw(&old.join("m/f"));
         file.write_all_at(b"one", 0).unwrap();
         fs::create_dir(old.join("m/.snapshots/a")).unwrap();

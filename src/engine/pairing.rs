@@ -218,6 +218,10 @@ pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
 /// # Errors
 /// Those of writing.
 pub fn forget_lost_session(backing: &Backing, at: &Path) -> Result<()> {
+    forget_in(backing, at).map_err(|error| backing.named(error))
+}
+
+fn forget_in(backing: &Backing, at: &Path) -> Result<()> {
     let hidden = backing.hidden_path();
     let forgotten = match Mark::read(&hidden)? {
         Some(mark) if mark.session.is_some() && session_of(backing, at)?.is_none() => Mark {
@@ -228,7 +232,7 @@ pub fn forget_lost_session(backing: &Backing, at: &Path) -> Result<()> {
     };
     let path = path_of(&hidden);
     write_durably(&path, forgotten.text().as_bytes())
-        .map_err(|e| backing.named(Error::io("cannot write", &path, &e)))
+        .map_err(|e| Error::io("cannot write", &path, &e))
 }
 
 /// Whether the directory and the store, which is at `at`, belong together; `hidden` is the directory's `.cowfs`.

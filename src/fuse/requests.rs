@@ -37,22 +37,11 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _turn = self.reader.crew.turn();
-        if parent.0 == ROOT_NODE
-            && let Some(node) = flush::node_of_name(name)
+        let named = flush::node_of_name(name).filter(|_| parent.0 == ROOT_NODE);
+        if let Some(node) = named
+            && self.is_helper(req)
         {
-            match self.is_helper(req) {
-                true => return self.reader.reply_node(reply, node),
-                // What the kernel believes to be absent it does not ask about again, for the helper neither.
-                false
-                    if self
-                        .reader
-                        .look_up(parent, name)
-                        .is_ok_and(|(_, found)| found.is_none()) =>
-                {
-                    return reply.error(Errno::ENOENT);
-                }
-                false => {}
-            }
+            return self.reader.reply_node(reply, node);
         }
         let found = match name.as_bytes() {
             b"." if self.is_helper(req) => self.reader.recall_file(parent),
@@ -60,6 +49,8 @@ impl Filesystem for Adapter {
         };
         let (parent, attr) = match found {
             Ok((parent, Some(attr))) => (parent, attr),
+            // What the kernel believes to be absent it does not ask about again, for the helper neither.
+            Ok((_, None)) if named.is_some() => return reply.error(Errno::ENOENT),
             Ok((_, None)) => return reply_absent(reply),
             Err(error) => return reply.error(errno(&error)),
         };
