@@ -9,8 +9,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
+use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// On the root directory of a mount: a [`Status`] as JSON.
@@ -335,15 +338,48 @@ pub fn status(root: &Path) -> Result<Status> {
 }
 
 /// As [`status`], but a daemon that hangs does not make the caller hang: `None` if it has not answered within five seconds.
+///
+/// It is asked by a process of its own: who waits for an answer to what a daemon has read already cannot be killed
+/// (`request_wait_answer` of fs/fuse/dev.c), and a process does not end before its threads.
 #[must_use]
 pub fn status_in_time(root: &Path) -> Option<Result<Status>> {
-    let (answer, asked) = channel::bounded(1);
-    let root = root.to_path_buf();
+    let failed = |error: std::io::Error| Error::io("cannot ask", root, &error);
+    let asking = Command::new("/proc/self/exe")
+        .arg0("cowfs")
+        .args(["status", "--json", "--"])
+        .arg(root)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null()) // the caller says what it makes of it
+        .spawn();
+    let mut asking = match asking {
+        Ok(asking) => asking,
+        Err(error) => return Some(Err(failed(error))),
+    };
+    let (answer, said) = channel::bounded(1);
+    let output = asking.stdout.take();
     std::thread::spawn(move || {
+        let mut text = Vec::new();
+        let read = output.map(|mut output| output.read_to_end(&mut text));
         // Nobody listens any more if it took too long.
-        let _ = answer.send(status(&root));
+        let _ = answer.send(read.transpose().map(|_| text));
     });
-    asked.recv_timeout(ANSWER).ok()
+    let Ok(said) = said.recv_timeout(ANSWER) else {
+        // If it cannot be killed yet, it ends when it is answered.
+        let _ = asking.kill();
+        std::thread::spawn(move || asking.wait());
+        return None;
+    };
+    let ended = asking.wait().and_then(|status| Ok((status, said?)));
+    Some(match ended {
+        Ok((status, text)) if status.success() => understood(root, STATUS_XATTR, &text),
+        Ok(_) => Err(Error::MountPoint {
+            path: root.to_path_buf(),
+            why: "its daemon gives no status".into(),
+        }),
+        Err(error) => Err(failed(error)),
+    })
 }
 
 /// Asks for the status of the snapshot whose root is `path` (`<mount>/<snapshot-dir>/<name>`).
@@ -437,7 +473,11 @@ fn query<T: DeserializeOwned>(path: &Path, name: &str) -> Result<T> {
         },
         errno => Error::path("cannot ask the daemon", path, errno),
     })?;
-    serde_json::from_slice(&value[..length]).map_err(|error| Error::MountPoint {
+    understood(path, name, &value[..length])
+}
+
+fn understood<T: DeserializeOwned>(path: &Path, name: &str, text: &[u8]) -> Result<T> {
+    serde_json::from_slice(text).map_err(|error| Error::MountPoint {
         path: path.to_path_buf(),
         why: format!("its {name} is not understood ({error}); is the daemon of another release?"),
     })

@@ -505,36 +505,6 @@ fn a_btrfs_snapshot_of_a_directory_with_its_store_is_refused() {
     mount.mount();
 }
 
-/// Goes on when it goes out of scope, so that the mount can be cleaned up.
-struct Stopped(rustix::process::Pid);
-
-impl Stopped {
-    fn new(pid: rustix::process::Pid) -> Self {
-        kill_process(pid, Signal::STOP).unwrap();
-        Self(pid)
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        let _ = kill_process(self.0, Signal::CONT);
-    }
-}
-
-/// Which directory another mount is of is asked of its daemon if the mount table does not say.
-#[test]
-fn a_mount_that_hangs_holds_up_no_other() {
-    let mount = Mount::new("beside-hanging", LIMIT);
-    let hangs = Mount::with("hangs", LIMIT, "fsname=word");
-    mount.umount();
-    let stopped = Stopped::new(hangs.server());
-    cowfs(&words(&["check"], &[&mount.backing])).success("check beside a mount that hangs");
-    mount.mount();
-    cowfs(&words(&["umount"], &[&mount.mnt])).success("umount beside a mount that hangs");
-    drop(stopped);
-    mount.mount();
-}
-
 /// FUSE gives its files other numbers when it has forgotten them.
 #[test]
 fn a_directory_on_fuse_is_refused() {

@@ -389,8 +389,8 @@ fn check_source(path: &Path) -> Result<PathBuf> {
         .iter()
         .filter(|mount| mount.is_cowfs() && mount.source == source)
     {
-        // A mount that does not answer is dead and holds nothing.
-        if control::status(&mount.mountpoint).is_ok() {
+        // A mount that is dead holds nothing; one that hangs may.
+        if !matches!(control::status_in_time(&mount.mountpoint), Some(Err(_))) {
             return Err(refuse(&format!(
                 "it is mounted by cowfs already, at {}; two mounts of one directory would spoil its snapshots; unmount it there first (cowfs umount)",
                 mount.mountpoint.display()

@@ -82,11 +82,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
 pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let place = locate(path)?;
     let mount = top_mount(path, &place)?;
-    let status = match lazy {
-        true => None,
-        // A daemon that hangs must not keep the command from unmounting.
-        false => control::status_in_time(&place).and_then(Result::ok),
-    };
+    let mut status = None;
+    let mut hangs = false;
+    if !lazy {
+        let answer = control::status_in_time(&place);
+        hangs = answer.is_none();
+        status = answer.and_then(Result::ok);
+    }
     let daemon = match &status {
         // The daemon goes on: it is that of the live mount.
         Some(status) if status.snapshot.is_some() => None,
@@ -103,7 +105,11 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     if let Some(own) = others.iter().position(|at| *at == mount.mountpoint) {
         others.swap_remove(own);
     }
-    detach(&mount, lazy, patience)?;
+    match detach(&mount, lazy, patience) {
+        Err(Busy::Yes) => return Err(busy(&mount.mountpoint, hangs)),
+        Err(Busy::No(error)) => return Err(error),
+        Ok(()) => {}
+    }
     // The daemon lives on while the filesystem is mounted anywhere else. Where it was not before, its number has been given
     // to another one by now.
     let now = same_filesystem(&mount)?;
@@ -229,21 +235,19 @@ fn check_snapshot_mounts(place: &Path, status: &Status) -> Result<()> {
 
 /// Detaches, and gives those `patience` who are just closing their last file: the flush helper among them, after a cut or
 /// the death of its daemon.
-fn detach(mount: &MountEntry, lazy: bool, patience: Duration) -> Result<()> {
+fn detach(mount: &MountEntry, lazy: bool, patience: Duration) -> Result<(), Busy> {
     let place = &mount.mountpoint;
     let deadline = Instant::now() + patience;
     loop {
         // Somebody else may have unmounted it, and what lies beneath is not ours.
-        let mounts = control::mounts()?;
+        let mounts = control::mounts().map_err(Busy::No)?;
         let top = control::mount_of(place, &mounts);
         if top.is_none_or(|top| top.mountpoint != *place || top.device != mount.device) {
             return Ok(());
         }
         match try_detach(place, lazy) {
             Err(Busy::Yes) if Instant::now() < deadline => std::thread::sleep(PAUSE),
-            Err(Busy::Yes) => return Err(busy(place)),
-            Err(Busy::No(error)) => return Err(error),
-            Ok(()) => return Ok(()),
+            done => return done,
         }
     }
 }
@@ -268,12 +272,20 @@ fn try_detach(place: &Path, lazy: bool) -> Result<(), Busy> {
     }
 }
 
-fn busy(place: &Path) -> Error {
+fn busy(place: &Path, hangs: bool) -> Error {
+    let why = match hangs {
+        false => {
+            "in use: a file in it is open, or it is somebody's current directory (`fuser -vm` shows whose); \
+             close it and try again, or `cowfs umount --lazy`"
+        }
+        true => {
+            "in use, and its daemon does not answer; `cowfs umount --lazy` takes the mount away at once, and who \
+             waits for the daemon goes on waiting until it answers or is killed"
+        }
+    };
     Error::MountPoint {
         path: place.to_path_buf(),
-        why: "in use: a file in it is open, or it is somebody's current directory (`fuser -vm` shows whose); \
-              close it and try again, or `cowfs umount --lazy`"
-            .into(),
+        why: why.into(),
     }
 }
 
