@@ -378,6 +378,39 @@ fn a_removed_file_that_is_open_is_counted_to_the_end() {
     }
 }
 
+/// What a server cannot open again stays closed: its number does not come to mean another file (C11).
+#[test]
+fn a_file_of_a_snapshot_that_became_invalid_is_no_other_after_a_takeover() {
+    let mount = Mount::with("invalid-open", LIMIT, "store-limit=32M,on-full=invalidate");
+    let file = open_rw(&mount.mnt.join("f"));
+    file.write_all_at(&vec![1; 48 * MIB], 0).unwrap();
+    fs::write(mount.mnt.join("other"), vec![9; 16 * MIB]).unwrap();
+    let shown = mount.snapshot("s").join("f");
+    let open = File::open(shown).unwrap();
+    for at in 0..48 {
+        file.write_all_at(&vec![2; MIB], at * MIB as u64).unwrap();
+    }
+    assert_eq!(states(&mount), [("s".into(), "invalid".into())]);
+    drop(file);
+    let takeovers = mount.takeovers();
+    mount.kill_server();
+    while mount.takeovers() == takeovers {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let others = [(); 20].map(|()| File::open(mount.mnt.join("other")).unwrap());
+    let mut bytes = [0; 4096];
+    let read = open.read_at(&mut bytes, 8 * MIB as u64);
+    assert!(read.is_err(), "{read:?} {}", bytes[0]);
+    // Its end is not the end of another one.
+    drop(open);
+    for (other, at) in others.iter().zip(1..) {
+        other
+            .read_exact_at(&mut bytes, at * MIB as u64 / 2)
+            .unwrap();
+        assert_eq!(bytes, [9; 4096]);
+    }
+}
+
 /// A file without a name is in no snapshot that is cut later, and nothing more is kept of it for these.
 #[test]
 fn a_removed_file_that_is_open_costs_later_snapshots_nothing() {

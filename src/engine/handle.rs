@@ -72,7 +72,8 @@ pub enum OpenDir {
 /// Number of an open file or directory, given to the kernel.
 pub type HandleId = u64;
 
-/// What is open, by number. A number is never used twice, so that a late request cannot reach another file.
+/// What is open, by number. A number is never used twice, so that a late request cannot reach another file: not by a later
+/// server either, which does not know all that the kernel still has.
 pub struct Handles {
     next: AtomicU64,
     files: [RwLock<HashMap<HandleId, Open<OpenFile>>>; 16],
@@ -115,8 +116,11 @@ impl OpenDir {
 
 impl Default for Handles {
     fn default() -> Self {
+        // Later than any that an earlier server of the mount gave: none opens a file in a nanosecond.
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let nanoseconds = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
         Self {
-            next: AtomicU64::new(1),
+            next: AtomicU64::new(nanoseconds),
             files: Default::default(),
             dirs: RwLock::default(),
             inventory: None,
@@ -138,7 +142,7 @@ impl Handles {
         inventory.add_handle(&known(*root))
     }
 
-    fn erase(&self, slot: Option<Slot>) {
+    pub(super) fn erase(&self, slot: Option<Slot>) {
         if let (Some((inventory, _)), Some(slot)) = (&self.inventory, slot) {
             inventory.remove(slot);
         }
@@ -146,7 +150,6 @@ impl Handles {
 
     /// Takes up a file that an earlier daemon of this mount had opened.
     pub(super) fn restore_file(&self, slot: Slot, id: HandleId, file: OpenFile) {
-        self.next.fetch_max(id + 1, Ordering::Relaxed);
         let open = Open {
             what: Arc::new(file),
             slot: Some(slot),
@@ -156,7 +159,6 @@ impl Handles {
 
     /// Takes up a directory that an earlier daemon of this mount had opened.
     pub(super) fn restore_dir(&self, slot: Slot, id: HandleId, dir: OpenDir) {
-        self.next.fetch_max(id + 1, Ordering::Relaxed);
         let open = Open {
             what: Arc::new(dir),
             slot: Some(slot),
@@ -358,14 +360,13 @@ impl Engine {
     }
 
     pub(super) fn open_live(&self, object: &ObjectRef, flags: i32) -> Result<LiveFile> {
-        let fd = match access(flags) {
-            OFlags::RDONLY => self.backing.open_object(&object.entry, OFlags::RDONLY)?,
+        let file = LiveFile::open(object.clone(), flags, || match access(flags) {
+            OFlags::RDONLY => self.backing.open_object(&object.entry, OFlags::RDONLY),
             _ => {
                 let file = self.backing.open_writable(&object.entry)?;
-                self.backing.for_writer(file)
+                Ok(self.backing.for_writer(file))
             }
-        };
-        let file = LiveFile::new(object.clone(), fd, flags);
+        })?;
         if flags & libc::O_TRUNC != 0 {
             self.truncate(object, file.fd.as_fd(), 0, None)?;
         }
@@ -392,17 +393,25 @@ pub(super) fn sync_mode(flags: i32) -> Option<bool> {
 }
 
 impl LiveFile {
-    /// A file opened on the backing filesystem for a caller that asked for `flags`.
-    pub(super) fn new(object: ObjectRef, fd: OwnedFd, flags: i32) -> Self {
+    /// A file that `open` opens on the backing filesystem for a caller that asked for `flags`.
+    pub(super) fn open(
+        object: ObjectRef,
+        flags: i32,
+        open: impl FnOnce() -> Result<OwnedFd>,
+    ) -> Result<Self> {
+        // Before it is open: whoever removes its last name meanwhile leaves it to the next server (C7).
         object.opens.fetch_add(1, Ordering::SeqCst);
-        Self {
+        let opened = open().inspect_err(|_| {
+            object.opens.fetch_sub(1, Ordering::SeqCst);
+        });
+        Ok(Self {
+            fd: opened?,
             object,
-            fd,
             writable: access(flags) == OFlags::RDWR,
             mappable: flags & libc::O_ACCMODE == libc::O_RDWR,
             flags: flags & !libc::O_TRUNC,
             sync_each_write: sync_mode(flags),
             written: Arc::default(),
-        }
+        })
     }
 }

@@ -141,7 +141,7 @@ impl Engine {
     /// [`Error::Source`] and [`Error::Store`] name what cannot be used and the remedy (C12).
     pub fn open(source: &Path, options: EngineOptions) -> Result<Arc<Self>> {
         let backing = Backing::open(source, None, options.reach)?;
-        Self::build(source, backing, options, None)
+        Self::build(backing, options, None)
     }
 
     /// As [`Self::open`], for a mount that may outlive this process. `directory` is the open backing directory
@@ -156,22 +156,21 @@ impl Engine {
         inventory: Option<OwnedFd>,
     ) -> Result<(Arc<Self>, Found)> {
         let backing = Backing::open(source, Some(directory), options.reach)?;
-        let (inventory, found) = match inventory {
+        let (inventory, mut found) = match inventory {
             Some(file) => Inventory::take_over(file)?,
             None => {
                 let new = Inventory::create(&backing.root_entry().handle)?;
                 (new, Found::default())
             }
         };
-        let engine = Self::build(source, backing, options, Some((inventory, &found)))?;
+        let engine = Self::build(backing, options, Some((inventory, &mut found)))?;
         Ok((engine, found))
     }
 
     fn build(
-        source: &Path,
         backing: Backing,
         options: EngineOptions,
-        inherited: Option<(Inventory, &Found)>,
+        inherited: Option<(Inventory, &mut Found)>,
     ) -> Result<Arc<Self>> {
         let (inventory, found) = inherited.unzip();
         let inventory = inventory.map(Arc::new);
@@ -206,12 +205,6 @@ impl Engine {
             .map_err(|error| backing.named(error));
         let store = checked.inspect_err(|_| backing.take_back())?;
         let root = backing.root_entry().ino;
-        if root.0 >= nodes::INO_MAX {
-            return Err(Error::Source {
-                path: source.into(),
-                why: "has an inode number of 2⁵⁹ or more".into(),
-            });
-        }
         session::begin(&store)?;
         pairing::pair(&backing, &store, &store_path, &shown)?;
         let epochs = Arc::new(Epochs::new(store.epoch()));
@@ -245,7 +238,7 @@ impl Engine {
         // The root stays known as long as there is a mount.
         engine.nodes.told(&engine.root());
         recover::retained(&engine)?;
-        engine.restore(found.unwrap_or(&Found::default()))?;
+        engine.restore(found.unwrap_or(&mut Found::default()))?;
         if let Err(error) = engine.store.make_ready() {
             log::warn!("the store has no room: {error}");
         }

@@ -54,8 +54,8 @@ impl Engine {
     }
 
     /// Takes up what an earlier daemon of this mount left: what the kernel knows, what is open, and the orphans of
-    /// that. Other orphans go.
-    pub(super) fn restore(&self, found: &Found) -> Result<()> {
+    /// that. Other orphans go. What cannot be opened again is open no more, and taken from what was found.
+    pub(super) fn restore(&self, found: &mut Found) -> Result<()> {
         self.restore_nodes(found);
         let retained = self.store.retained_all()?;
         for record in &retained {
@@ -68,11 +68,14 @@ impl Engine {
             }
         }
         let orphans: HashSet<Ino> = self.backing.all_orphans()?.into_iter().collect();
-        for (slot, handle) in &found.handles {
-            if let Err(error) = self.reopen(*slot, handle, &orphans) {
+        found.handles.retain(|(slot, handle)| {
+            let opened = self.reopen(*slot, handle, &orphans);
+            if let Err(error) = &opened {
                 log::warn!("node {} cannot be opened again: {error}", handle.node);
+                self.handles.erase(Some(*slot));
             }
-        }
+            opened.is_ok()
+        });
         for ino in orphans {
             match self.nodes.get(self.nodes.live_id(ino)) {
                 Some(Node::Live(object)) if object.opens.load(Ordering::SeqCst) > 0 => {

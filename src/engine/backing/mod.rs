@@ -13,6 +13,7 @@ mod places;
 
 pub use data::data_map;
 
+use super::nodes::INO_MAX;
 use crate::error::{Error, Result};
 use crate::ids::Ino;
 use crate::store::{AttrImage, EntryImage, ObjectHandle, Timestamp};
@@ -219,6 +220,9 @@ impl Backing {
             ));
         }
         let st = statx(root.as_fd(), c"")?;
+        if st.stx_ino >= INO_MAX {
+            return Err(fail("has an inode number of 2⁵⁹ or more".into()));
+        }
         let (kind, bytes) = sys::name_to_handle(root.as_fd(), c"").map_err(|e| {
             fail(format!("its filesystem has no file handles ({e}), which cowfs needs; use ext4, xfs, btrfs or tmpfs"))
         })?;
@@ -540,7 +544,8 @@ impl Backing {
         self.paths.lock().remove(&ino);
     }
 
-    /// What `name` in `dir` means. Something on another device (a btrfs subvolume) is not entered: `EXDEV`.
+    /// What `name` in `dir` means. Something on another device (a btrfs subvolume) is not entered: `EXDEV`. A number that
+    /// cannot be told from those of cowfs is refused: `EOVERFLOW`.
     pub fn find(&self, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Found>> {
         self.before(Call::Find)?;
         if !self.keeps_atime {
@@ -596,6 +601,9 @@ impl Backing {
     ) -> Result<Found> {
         if (st.stx_dev_major, st.stx_dev_minor) != self.device {
             return Err(Errno::XDEV.into());
+        }
+        if st.stx_ino >= INO_MAX {
+            return Err(Errno::OVERFLOW.into());
         }
         let (kind, bytes) = handle()?;
         let entry = EntryImage {

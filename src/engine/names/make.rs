@@ -75,8 +75,8 @@ impl Engine {
                 let (object, found) = self.adopt(&mut op, &dir, fd.as_fd(), name, caller)?;
                 object.without_capabilities.store(true, Ordering::SeqCst);
                 let attr = self.tell(&object, found.attr);
-                let file = self.backing.for_writer(file);
-                Ok((attr, LiveFile::new(object, file, flags)))
+                let file = LiveFile::open(object, flags, || Ok(self.backing.for_writer(file)))?;
+                Ok((attr, file))
             }
             Err(Error::Os(Errno::EXIST)) if flags & libc::O_EXCL == 0 => {
                 let found = self.find_live(&dir, name)?.ok_or(Error::Os(Errno::NOENT))?;
