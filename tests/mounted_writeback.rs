@@ -503,3 +503,27 @@ fn the_number_of_a_written_file_goes_to_something_else() {
     assert!(cuts > 20, "only {cuts} cuts");
     assert!(again.iter().all(|again| *again > 20), "{again:?}");
 }
+
+/// The kernel takes no answer for a part of what it held back: the rest would be lost without an error.
+#[test]
+fn what_is_written_back_in_part_has_failed() {
+    let mount = writeback("part");
+    let beneath = fs::File::create(mount.backing.join("f")).unwrap();
+    let (mut fits, mut too_large) = (0, i64::MAX as u64);
+    while fits + 1 < too_large {
+        let middle = fits + (too_large - fits) / 2;
+        match beneath.set_len(middle) {
+            Ok(()) => fits = middle,
+            Err(_) => too_large = middle,
+        }
+    }
+    beneath.set_len(0).unwrap();
+    drop(beneath);
+    let file = fs::File::options()
+        .write(true)
+        .open(mount.mnt.join("f"))
+        .unwrap();
+    let wrote = file.write_all_at(&vec![7; 1 << 20], fits - (512 << 10));
+    let synced = file.sync_all();
+    assert!(wrote.is_err() || synced.is_err(), "{wrote:?} {synced:?}");
+}

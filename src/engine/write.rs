@@ -34,6 +34,22 @@ impl Engine {
         })
     }
 
+    /// As [`Self::write`], for what the kernel has held back: all of `data`, or an error. It takes no answer for a part
+    /// (`fuse_writepage_end` of fs/fuse/file.c), and would lose the rest without a word.
+    pub fn write_back(
+        &self,
+        file: &LiveFile,
+        offset: u64,
+        data: &[u8],
+        caller: Option<Unprivileged>,
+    ) -> Result<usize> {
+        let mut done = 0;
+        while done < data.len() {
+            done += self.write(file, offset + done as u64, &data[done..], caller)?;
+        }
+        Ok(done)
+    }
+
     /// As [`Self::write`], but `None` where that would have to wait for the journal (strict durability): what is
     /// needed is kept, nothing is changed, and [`Self::write`] will go on from there.
     pub fn try_write(

@@ -318,8 +318,11 @@ impl Filesystem for Adapter {
             let live = writable(&file)?;
             let n = match &self.changes {
                 Some(_) => self.engine.try_write(live, offset, data, caller)?,
+                None if cached => Some(self.engine.write_back(live, offset, data, caller)?),
                 None => Some(self.engine.write(live, offset, data, caller)?),
             };
+            // The rest has to be written as well.
+            let n = n.filter(|n| !cached || *n == data.len());
             let syncs = live.sync_each_write.is_some() && !cached;
             Ok((file, n, syncs))
         });
@@ -343,10 +346,11 @@ impl Filesystem for Adapter {
                 let (data, behind) = (data.to_vec(), self.behind.clone());
                 changes.run(move || {
                     let done = writable(&file).and_then(|live| {
-                        let n = engine.write(live, offset, &data, caller)?;
-                        if !cached {
-                            engine.sync_write(live)?;
+                        if cached {
+                            return engine.write_back(live, offset, &data, caller);
                         }
+                        let n = engine.write(live, offset, &data, caller)?;
+                        engine.sync_write(live)?;
                         Ok(n)
                     });
                     if let Some(gate) = gate {
