@@ -297,6 +297,29 @@ fn a_pre_image_that_cannot_be_read_fails_the_change() {
     }
 }
 
+/// The last block of the cut, if it is a hole, is looked at once; not as long as that has failed.
+#[test]
+fn a_hole_at_the_end_that_cannot_be_looked_for_is_kept_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("f");
+    std::fs::File::create(&path).unwrap().set_len(5000).unwrap();
+    let saboteur = Arc::new(Saboteur::default());
+    let engine = open(dir.path(), &saboteur);
+    engine.snapshot(b"s").unwrap();
+    let holes = || {
+        let shown = snapshot(&engine, &["s", "f"]).unwrap();
+        let file = engine.open_file(&shown, libc::O_RDONLY).unwrap();
+        engine.seek(&file, 4096, false).unwrap_err().errno()
+    };
+    assert_eq!(holes(), Errno::NXIO);
+    saboteur.arm(plan(Call::Seek, &[Failure::Errno(Errno::IO)], false));
+    let error = write(&engine, "f", 6000, &[2; 100]).unwrap_err();
+    saboteur.disarm();
+    assert_eq!(error.errno(), Errno::IO);
+    write(&engine, "f", 6000, &[2; 100]).unwrap();
+    assert_eq!(holes(), Errno::NXIO);
+}
+
 /// Reads and writes that are interrupted or come out short go on until they are done, for users and for pre-images.
 #[test]
 fn short_and_interrupted_calls_are_continued() {

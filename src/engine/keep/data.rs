@@ -119,9 +119,7 @@ impl Op<'_> {
             self.keep_chunk(&file, last, last + 1)?;
         }
         let (first, last) = (range.start / BLOCK as u64, (end - 1) / BLOCK as u64);
-        if !range.holes_stay && !self.kept(object)?.has(first, last) {
-            self.keep_ahead(&file, first, last)?;
-        }
+        let is_new = !range.holes_stay && !self.kept(object)?.has(first, last);
         let mut chunk = first / CHUNK_BLOCKS;
         while chunk <= last / CHUNK_BLOCKS {
             let from = first.max(chunk * CHUNK_BLOCKS);
@@ -131,6 +129,9 @@ impl Op<'_> {
             if range.holes_stay {
                 chunk = self.next_data_chunk(fd, chunk)?.unwrap_or(u64::MAX);
             }
+        }
+        if is_new {
+            self.keep_ahead(&file, first, last)?;
         }
         Ok(())
     }
@@ -227,19 +228,19 @@ impl Op<'_> {
     /// hole, may come to be data: by a write into it, or because the filesystem fills it with zeros when the
     /// file grows (C5).
     fn keep_tail_hole(&mut self, file: &Keeping<'_>) -> Result<()> {
-        let kept = self.kept(file.object)?;
-        if std::mem::replace(&mut kept.tail_looked_at, true)
-            || file.size.is_multiple_of(BLOCK as u64)
-        {
+        if self.kept(file.object)?.tail_looked_at {
             return Ok(());
         }
         let last = file.size / BLOCK as u64;
         let at = last * BLOCK as u64;
-        let data = self.engine.backing.seek(file.fd, at, false)?;
-        if data.is_some_and(|at| at < file.size) {
-            return Ok(());
+        if at < file.size {
+            let data = self.engine.backing.seek(file.fd, at, false)?;
+            if data.is_none_or(|at| at >= file.size) {
+                self.keep_chunk(file, last, last + 1)?;
+            }
         }
-        self.keep_chunk(file, last, last + 1)
+        self.kept(file.object)?.tail_looked_at = true;
+        Ok(())
     }
 
     /// Keeps the blocks `from..to` of one chunk that are not kept yet.
