@@ -17,6 +17,8 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 const FILE: Ino = Ino(42);
 const DIR: Ino = Ino(1);
@@ -649,13 +651,18 @@ struct Faulty {
 struct Fault {
     write: AtomicU32,
     sync: AtomicBool,
+    /// Whoever reads this segment next tells so, and waits for a word.
+    reading: Mutex<Option<Awaited>>,
 }
 
-struct FaultyFile(Arc<dyn MediaFile>, Arc<Fault>);
+/// A segment, who is told that it is read, and whose word the reader waits for.
+type Awaited = (u32, mpsc::Sender<()>, mpsc::Receiver<()>);
+
+struct FaultyFile(Arc<dyn MediaFile>, Arc<Fault>, u32);
 
 impl Faulty {
-    fn wrap(&self, file: Arc<dyn MediaFile>) -> Arc<dyn MediaFile> {
-        Arc::new(FaultyFile(file, self.fault.clone()))
+    fn wrap(&self, file: Arc<dyn MediaFile>, number: u32) -> Arc<dyn MediaFile> {
+        Arc::new(FaultyFile(file, self.fault.clone(), number))
     }
 }
 
@@ -668,10 +675,11 @@ impl Media for Faulty {
         self.inner.list()
     }
     fn create(&self, number: u32) -> Result<Arc<dyn MediaFile>> {
-        Ok(self.wrap(self.inner.create(number)?))
+        Ok(self.wrap(self.inner.create(number)?, number))
     }
     fn open(&self, number: u32) -> Result<Option<Arc<dyn MediaFile>>> {
-        Ok(self.inner.open(number)?.map(|file| self.wrap(file)))
+        let file = self.inner.open(number)?;
+        Ok(file.map(|file| self.wrap(file, number)))
     }
     fn remove(&self, number: u32) -> Result<()> {
         self.inner.remove(number)
@@ -686,6 +694,15 @@ impl Media for Faulty {
 
 impl MediaFile for FaultyFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let waits = self
+            .1
+            .reading
+            .lock()
+            .take_if(|(number, ..)| *number == self.2);
+        if let Some((_, reads, goes_on)) = waits {
+            reads.send(()).unwrap();
+            goes_on.recv().unwrap();
+        }
         self.0.read_at(buf, offset)
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
@@ -713,6 +730,10 @@ impl MediaFile for FaultyFile {
 }
 
 fn faulty(dir: &tempfile::TempDir) -> (Store, Arc<Fault>) {
+    faulty_with(dir, options())
+}
+
+fn faulty_with(dir: &tempfile::TempDir, options: StoreOptions) -> (Store, Arc<Fault>) {
     let path = dir.path().join("s");
     std::fs::create_dir(&path).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
@@ -722,9 +743,41 @@ fn faulty(dir: &tempfile::TempDir) -> (Store, Arc<Fault>) {
         fault: fault.clone(),
     };
     (
-        Store::open_with(&path, options(), Arc::new(media)).unwrap(),
+        Store::open_with(&path, options, Arc::new(media)).unwrap(),
         fault,
     )
+}
+
+/// A number is used again while what it meant before is moved out of a segment.
+#[test]
+fn a_birth_is_replaced_while_its_segment_is_freed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, fault) = faulty_with(&dir, tiny());
+    store.record_snapshot(&snapshot(1)).unwrap();
+    store.record_birth(Ino(5), Epoch(1)).unwrap();
+    store.record_snapshot(&snapshot(2)).unwrap();
+    for i in 0..40 {
+        store
+            .keep_extent(FILE, Epoch(2), 2 * i, ExtentData::Bytes(&blocks(2, 2)))
+            .unwrap();
+    }
+    // So what is labelled 2 serves snapshot 2 only, and nothing else in the first segment stays.
+    store.record_birth(FILE, Epoch(1)).unwrap();
+    store.delete_snapshot(Epoch(2)).unwrap();
+    let first = segments(&dir).remove(0);
+    let number = first.file_stem().unwrap().to_str().unwrap();
+    let number = u32::from_str_radix(number, 16).unwrap();
+    let (reads, reached) = mpsc::channel();
+    let (go_on, goes_on) = mpsc::channel();
+    *fault.reading.lock() = Some((number, reads, goes_on));
+    std::thread::scope(|scope| {
+        scope.spawn(|| reclaim_all(&store));
+        reached.recv_timeout(Duration::from_secs(60)).unwrap();
+        store.record_birth(Ino(5), Epoch(1)).unwrap();
+        go_on.send(()).unwrap();
+    });
+    assert!(!first.exists());
+    assert_eq!(store.birth(Ino(5)).unwrap(), Some(Epoch(1)));
 }
 
 #[test]

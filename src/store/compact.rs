@@ -104,11 +104,11 @@ impl Store {
                 .damaged = true;
             return Ok(());
         };
-        let mut moved = false;
+        let mut replaced = false;
         for (lsn, record) in &log.records {
-            moved |= self.move_record(*lsn, record)?;
+            replaced |= self.move_record(*lsn, record)?;
         }
-        if moved {
+        if replaced {
             self.checkpoint_in(upkeep, false)?;
         }
         for (lsn, record) in &log.records {
@@ -143,7 +143,7 @@ impl Store {
         Ok(if needed { None } else { Some(log) })
     }
 
-    /// Appends what is live of a record anew; whether there was anything.
+    /// Appends what is live of a record anew. Whether the index has the record, and memory a newer one in its place.
     fn move_record(&self, lsn: Lsn, record: &Record) -> Result<bool> {
         if let Record::Extent(extent) = record {
             return self.move_extent(lsn, extent);
@@ -151,17 +151,17 @@ impl Store {
         let Some((key, _)) = key::pairs_of(record, lsn).into_iter().next() else {
             return Ok(false);
         };
+        let is_it = |value: Option<Vec<u8>>| match value {
+            Some(value) => Ok::<_, Error>(key::stamp(&value)?.0 == lsn),
+            None => Ok(false),
+        };
         // No other append of the same key may come between the look and the append.
         let _moving = self.moving.write();
-        let current = self.layers.get(&key)?;
-        let live = match current {
-            Some(value) => key::stamp(&value)?.0 == lsn,
-            None => false,
-        };
-        if live {
+        if is_it(self.layers.get(&key)?)? {
             self.append(Batch::small(vec![record.clone()]))?;
         }
-        Ok(live)
+        // Somebody else may have appended one since the checkpoint.
+        is_it(self.layers.index.get(&key)?)
     }
 
     /// Reclaim may have left several parts of an extent: each becomes a record of its own. Their keys come
