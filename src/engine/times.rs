@@ -133,17 +133,16 @@ impl KernelTimes {
         });
     }
 
-    /// Whether a file that was opened for writing is about to be closed for the last time.
-    fn is_last(&self, ino: Ino) -> bool {
-        let objects = self.objects.read();
-        objects.get(&ino).is_some_and(|told| told.opens <= 1)
-    }
-
-    fn closed(&self, ino: Ino) {
+    /// A file that was opened for writing is closed. False, and not counted, if that is the last time and its time is still
+    /// owed, unless it `may_owe`.
+    fn closes(&self, ino: Ino, may_owe: bool) -> bool {
         self.change(|objects| {
             let Some(told) = objects.get_mut(&ino) else {
-                return;
+                return true;
             };
+            if told.opens <= 1 && told.owed && !may_owe {
+                return false;
+            }
             told.opens = told.opens.saturating_sub(1);
             if told.opens == 0 {
                 if let (Some(inventory), Some(slot)) = (&self.inventory, told.slot) {
@@ -151,7 +150,8 @@ impl KernelTimes {
                 }
                 objects.remove(&ino);
             }
-        });
+            true
+        })
     }
 
     /// Notes `time` in place of setting it, if the time was set on the backing file not long ago.
@@ -185,10 +185,11 @@ impl KernelTimes {
         }
     }
 
-    fn change(&self, change: impl FnOnce(&mut HashMap<Ino, Told>)) {
+    fn change<T>(&self, change: impl FnOnce(&mut HashMap<Ino, Told>) -> T) -> T {
         let mut objects = self.objects.write();
-        change(&mut objects);
+        let changed = change(&mut objects);
         self.count.store(objects.len(), Ordering::SeqCst);
+        changed
     }
 }
 
@@ -274,7 +275,7 @@ impl Engine {
             if let Some(Node::Live(object)) = self.nodes.get(self.nodes.live_id(ino)) {
                 self.settle_time_of(&object);
             }
-            self.times.closed(ino);
+            self.times.closes(ino, true);
         }
         Ok(())
     }
@@ -289,16 +290,18 @@ impl Engine {
     pub fn settle_time(&self, file: &OpenFile) {
         if let OpenFile::Live(live) = file {
             let object = &live.object;
-            if self.times.is_last(object.ino()) {
-                self.settle_time_of(object);
+            let mut failed = false;
+            // Others may open, write and close it meanwhile.
+            while !self.times.closes(object.ino(), failed) {
+                failed = !self.settle_time_of(object);
             }
-            self.times.closed(object.ino());
         }
     }
 
-    fn settle_time_of(&self, object: &Object) {
+    /// False if the time cannot be set, which the log says.
+    fn settle_time_of(&self, object: &Object) -> bool {
         if self.times.owed(object.ino()).is_none() {
-            return;
+            return true;
         }
         let done = self.object_fd(object).and_then(|fd| {
             self.change_attr(object, |op| {
@@ -310,12 +313,13 @@ impl Engine {
                 Ok(())
             })
         });
-        if let Err(error) = done {
+        if let Err(error) = &done {
             log::warn!(
                 "the time of last modification of object {} is later than it was: {error}",
                 object.ino()
             );
         }
+        done.is_ok()
     }
 
     /// The same for all, before the engine ends.
@@ -325,5 +329,31 @@ impl Engine {
                 self.settle_time_of(&object);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two who close at the same time must not both leave it to the other.
+    #[test]
+    fn who_closes_last_settles_what_is_owed() {
+        let times = KernelTimes::new(None);
+        let (ino, time) = (Ino(7), Timestamp { sec: 1, nsec: 2 });
+        times.opened(ino, time);
+        times.opened(ino, time);
+        times.note_write(ino);
+        assert!(times.closes(ino, false));
+        assert!(!times.closes(ino, false));
+        assert_eq!(times.owed(ino), Some(time));
+        times.set(ino, time);
+        assert!(times.closes(ino, false));
+        assert!(!times.knows(ino));
+        times.opened(ino, time);
+        times.note_write(ino);
+        assert!(!times.closes(ino, false));
+        assert!(times.closes(ino, true));
+        assert!(!times.knows(ino));
     }
 }
