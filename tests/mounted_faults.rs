@@ -12,7 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use support::{Mount, cowfs_bin, daemons, mount_type, open_the_way, run};
 
 const LIMIT: Duration = Duration::from_secs(90);
@@ -71,10 +71,8 @@ fn a_failed_replacement_leaves_nothing_behind() {
     assert!(seen.join("B").is_dir() && !seen.join("C").exists());
 }
 
-/// A filesystem that has become read-only takes nothing that is written at the end. What has been unmounted stays so.
-#[test]
-fn a_server_that_fails_after_the_end_of_its_mount_is_not_replaced() {
-    let mount = Mount::on_own_disk("aborted", LIMIT, 400);
+/// Has the ext4 of a mount's own disk meet an error, after which it is read-only.
+fn break_disk(mount: &Mount) {
     let on_disk = |column: &str| {
         let mut findmnt = Command::new("findmnt");
         let found = run(
@@ -88,14 +86,21 @@ fn a_server_that_fails_after_the_end_of_its_mount_is_not_replaced() {
         &["-o", "remount,errors=remount-ro"],
         Path::new(&on_disk("TARGET")),
     );
+    let device = on_disk("SOURCE").replace("/dev/", "");
+    fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
+}
+
+/// A filesystem that has become read-only takes nothing that is written at the end. What has been unmounted stays so.
+#[test]
+fn a_server_that_fails_after_the_end_of_its_mount_is_not_replaced() {
+    let mount = Mount::on_own_disk("aborted", LIMIT, 400);
     fs::write(mount.mnt.join("f"), "old").unwrap();
     mount.snapshot("s");
     fs::write(mount.mnt.join("f"), "new").unwrap();
     // What this server keeps is in a file of the journal that it made, and that of "f" in one that it has not opened yet.
     mount.remount();
     fs::write(mount.mnt.join("kept now"), "").unwrap();
-    let device = on_disk("SOURCE").replace("/dev/", "");
-    fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
+    break_disk(&mount);
     assert!(fs::write(mount.mnt.join("g"), "too late").is_err());
     assert_eq!(
         fs::read(mount.snapshot_path("s").join("f")).unwrap(),
@@ -113,6 +118,59 @@ fn a_server_that_fails_after_the_end_of_its_mount_is_not_replaced() {
     assert!(!log.contains("/proc/self/fd"), "{log}");
     // sled's own panic is caught.
     assert!(log.contains("the index cannot be closed"), "{log}");
+}
+
+/// A server that was told to end and could not write what it has to says so.
+#[test]
+fn a_failure_after_a_signal_is_told() {
+    let mount = Mount::on_own_disk("told", LIMIT, 400);
+    mount.umount();
+    let mut server = Command::new(cowfs_bin())
+        .args(["mount", "-f"])
+        .args([&mount.backing, &mount.mnt])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + LIMIT / 2;
+    while mount_type(&mount.mnt).as_deref() != Some("fuse.cowfs") {
+        assert!(Instant::now() < deadline, "not mounted");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fs::write(mount.mnt.join("f"), "old").unwrap();
+    mount.snapshot("s");
+    fs::write(mount.mnt.join("f"), "new").unwrap();
+    break_disk(&mount);
+    let pid = rustix::process::Pid::from_child(&server);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let ended = server.wait().unwrap();
+    assert_eq!(ended.code(), Some(1), "{ended:?}");
+    assert_eq!(mount_type(&mount.mnt), None);
+}
+
+/// A name that cannot be removed costs nothing that lasts.
+#[test]
+fn what_is_not_removed_is_not_held() {
+    let mount = Mount::new("immutable", LIMIT);
+    let path = |n: u32| mount.mnt.join(format!("{n}"));
+    (0..100).for_each(|n| fs::write(path(n), "").unwrap());
+    let flags = |flag: &str| {
+        for n in 0..100 {
+            tool("chattr", &[flag], &mount.backing.join(format!("{n}")));
+        }
+    };
+    flags("+i");
+    let open = || {
+        let pid = mount.server().as_raw_nonzero();
+        fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+    };
+    let before = open();
+    for n in 0..100 {
+        assert!(fs::remove_file(path(n)).is_err());
+        assert!(fs::rename(path(n), path((n + 1) % 100)).is_err());
+    }
+    let after = open();
+    flags("-i");
+    assert!(after < before + 50, "{before} and then {after} are open");
 }
 
 /// The space of a removed file is free once it is closed, whatever was asked of it in between.

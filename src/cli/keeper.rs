@@ -166,7 +166,10 @@ impl Keeper<'_> {
             if ward.stopping() && !status.success() {
                 // Told to stop before it could listen: what it had mounted goes all the same.
                 self.begin_anew();
-                return Ok(());
+                return match status.code() {
+                    Some(FAILED) => ended(status),
+                    _ => Ok(()),
+                };
             }
             if !is_crash(status) {
                 return ended(status);
@@ -326,10 +329,7 @@ fn ended(status: ExitStatus) -> std::result::Result<(), Failure> {
         return Ok(());
     }
     Err(Failure {
-        code: status
-            .code()
-            .and_then(|code| code.try_into().ok())
-            .unwrap_or(1),
+        code: 1,
         message: format!("the server ended: {}", daemon::describe(status)),
     })
 }

@@ -207,11 +207,20 @@ impl Engine {
         self.backing.open_writable(&object.entry)
     }
 
+    /// Whether much may have to be kept for a change of attributes.
+    pub fn keeps_much(&self, set: &SetAttr) -> bool {
+        set.size.is_some() || self.shuts(set)
+    }
+
+    /// Whether cowfs may lose the right to read with it.
+    fn shuts(&self, set: &SetAttr) -> bool {
+        set.mode.is_some_and(|mode| mode & 0o400 == 0) && !self.backing.overrides_modes()
+    }
+
     /// A user without root's powers who takes the right to read from an own file takes it from cowfs too, which
     /// could not read for its snapshots any more: a descriptor to keep all of the file by, before that.
     fn last_chance_to_read(&self, object: &Object, set: &SetAttr) -> Result<Option<OwnedFd>> {
-        let shuts = set.mode.is_some_and(|mode| mode & 0o400 == 0);
-        if !shuts || self.backing.overrides_modes() || object.entry.kind != libc::DT_REG {
+        if !self.shuts(set) || object.entry.kind != libc::DT_REG {
             return Ok(None);
         }
         match self.backing.open_object(&object.entry, OFlags::RDONLY) {

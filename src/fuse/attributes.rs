@@ -53,6 +53,7 @@ impl Adapter {
                 .as_ref()
                 .is_ok_and(|node| self.engine.may_be_mapped(node));
         let ttl = self.unasked();
+        let keeps_much = self.engine.keeps_much(&set);
         let noted = self.gate.clone().filter(|_| times_alone);
         let change = move || {
             let done = node.and_then(|node| engine.setattr(&node, &set, file.as_deref(), caller));
@@ -62,8 +63,6 @@ impl Adapter {
             }
             answer!(reply, done, attr => reply.attr(&ttl, &file_attr(&attr, attr.shown)));
         };
-        // Cutting a file short may have to keep much of it.
-        let cuts_short = set.size.is_some();
         match &self.gate {
             None if comes_later => {
                 let cleaner = self.cleaner.clone();
@@ -76,13 +75,13 @@ impl Adapter {
                     change();
                 });
             }
-            None if cuts_short => self.blocking.run(change),
+            None if keeps_much => self.blocking.run(change),
             None => self.dispatch(change),
             Some(gate) if times_alone && self.is_helper(req) => {
                 gate.advance();
                 self.dispatch(change);
             }
-            Some(gate) if cuts_short => {
+            Some(gate) if keeps_much => {
                 let blocking = self.blocking.clone();
                 let kind = || Kind::Locks(vec![ino.0]);
                 gate.pass(kind, move |_| blocking.run(change));

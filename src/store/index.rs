@@ -8,7 +8,7 @@ use super::key::Pair;
 use crate::error::{Error, Result};
 use crate::sync::RwLock;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::ops::Deref;
@@ -255,8 +255,9 @@ impl Index for SledIndex {
         if u64::try_from(stat.st_blocks).unwrap_or(0) * 512 >= size + bytes {
             return Ok(());
         }
-        match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, size, bytes) {
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INTR) => Ok(()),
+        let flags = FallocateFlags::KEEP_SIZE;
+        match retry_on_intr(|| rustix::fs::fallocate(&file, flags, size, bytes)) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             Err(errno) => Err(failed(errno)),
         }
     }

@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 use crate::sync::Arc;
 use rustix::fs::{Dir, FallocateFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -209,18 +209,15 @@ impl MediaFile for DiskFile {
 
     fn allocate(&self, offset: u64, len: u64) -> Result<()> {
         let flags = FallocateFlags::KEEP_SIZE;
-        loop {
-            return match rustix::fs::fallocate(&self.fd, flags, offset, len) {
-                Err(Errno::INTR) => continue,
-                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-                Err(errno) => Err(Error::path("cannot set space aside in", &self.path, errno)),
-            };
+        match retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, offset, len)) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            Err(errno) => Err(Error::path("cannot set space aside in", &self.path, errno)),
         }
     }
 
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&self.fd, flags, offset, len) {
+        match retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, offset, len)) {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             Err(errno) => Err(Error::path("cannot free space in", &self.path, errno)),
         }

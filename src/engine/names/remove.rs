@@ -55,11 +55,14 @@ impl Engine {
                     *child.pin.lock() = Some(Arc::new(removed.held));
                 }
                 self.backing.drop_path(child.ino());
-                if last && self.must_outlive(&child) {
-                    self.backing.orphan(dir_fd.as_fd(), name, child.ino())?;
+                let open = last && self.must_outlive(&child);
+                let done = match open {
+                    true => self.backing.orphan(dir_fd.as_fd(), name, child.ino()),
+                    false => self.backing.remove(dir_fd.as_fd(), name, directory),
+                };
+                done.inspect_err(|_| unpin(&child, last))?;
+                if open {
                     self.orphaned(&child);
-                } else {
-                    self.backing.remove(dir_fd.as_fd(), name, directory)?;
                 }
                 if last {
                     self.unsettled.forget(child.ino());
@@ -165,6 +168,13 @@ impl Engine {
         let (found, held) = found.ok_or_else(|| self.absent(name))?;
         self.backing.note_place(dir.ino(), name, found.entry.ino);
         Ok(Removed { found, held, links })
+    }
+}
+
+/// Undoes [`Engine::pin`] for a name that has not gone after all.
+pub(super) fn unpin(object: &Object, last: bool) {
+    if last {
+        *object.pin.lock() = None;
     }
 }
 

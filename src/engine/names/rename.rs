@@ -1,6 +1,7 @@
 //! rename(2) and what it replaces.
 
 use super::check_there;
+use super::remove::unpin;
 use crate::engine::Engine;
 use crate::engine::creds::{ActingAs, Caller};
 use crate::engine::keep::Op;
@@ -165,11 +166,11 @@ impl Engine {
         if !retain {
             op.settle()?;
             self.pin(target, last)?;
-            if last && self.must_outlive(target) {
-                self.replace_open(at, target)?;
-            } else {
-                self.move_name(at, at.how.whiteout())?;
-            }
+            let done = match last && self.must_outlive(target) {
+                true => self.replace_open(at, target),
+                false => self.move_name(at, at.how.whiteout()),
+            };
+            done.inspect_err(|_| unpin(target, last))?;
             if last {
                 self.unsettled.forget(target.ino());
                 op.note_removed(at.to_dir, target)?;
