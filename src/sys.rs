@@ -180,7 +180,7 @@ pub fn unshare_fs() -> Result<(), Errno> {
 }
 
 /// How long to wait for the locks of a daemon whose mount is gone and that is writing its store.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// flock(2), exclusive, that waits a moment and no longer (`EWOULDBLOCK`): umount(2) returns before the daemon has
 /// ended, so a mount right after it meets the locks of the last one.

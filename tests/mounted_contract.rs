@@ -8,6 +8,7 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use support::user::{Who, again};
 use support::{Mount, own_script, python};
@@ -25,6 +26,12 @@ fn own(name: &str) {
 fn own_on_disk(name: &str, kind: &str) {
     let mount = Mount::on_disk_of(&format!("{name}-{kind}"), OWN_MOUNT_LIMIT, kind, 2048);
     own_on(name, &mount);
+}
+
+/// One case looks what the kernel has in its page cache, and another has it drop all of that.
+fn page_cache() -> MutexGuard<'static, ()> {
+    static PAGE_CACHE: Mutex<()> = Mutex::new(());
+    PAGE_CACHE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn own_on(name: &str, mount: &Mount) {
@@ -188,6 +195,7 @@ fn two_ways() {
 
 #[test]
 fn dropbehind() {
+    let _alone = page_cache();
     own("dropbehind");
 }
 
@@ -208,6 +216,7 @@ fn written_only() {
 
 #[test]
 fn alone() {
+    let _alone = page_cache();
     own("alone");
 }
 

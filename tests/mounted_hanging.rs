@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use support::{Mount, Outcome, cowfs_bin, mount_type, run, scratch};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 #[track_caller]
 fn cowfs(arguments: &[&str], path: &Path) -> Outcome {

@@ -13,10 +13,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use support::cut::remove_snapshot;
 use support::user::Beside;
-use support::{Mount, Outcome, cowfs_bin, daemons, mount_type, run, scratch};
+use support::{Mount, Outcome, cowfs_bin, daemons, mount_type, run, scratch, unmount_patiently};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(300);
 
 fn cowfs<S: AsRef<OsStr>>(arguments: &[S]) -> Outcome {
     run(Command::new(cowfs_bin()).args(arguments), LIMIT)
@@ -137,7 +138,7 @@ fn a_mount_waits_for_the_end_of_the_one_before() {
             fs::write(mount.mnt.join(format!("{round}.{file}")), "content").unwrap();
         }
         mount.snapshot(&round.to_string());
-        run(Command::new("umount").arg("-i").arg(&mount.mnt), LIMIT).success("umount -i");
+        unmount_patiently(&mount.mnt);
         mount.mount();
     }
     assert_eq!(fs::read_dir(&mount.mnt).unwrap().count(), 2000);
@@ -521,6 +522,10 @@ fn a_directory_on_fuse_is_refused() {
     let outcome = cowfs(&words(&["mount"], &[&part, &at]));
     let left = fs::read_dir(&part).unwrap().count();
     unmount(&part, UnmountFlags::DETACH).unwrap();
+    let start = Instant::now();
+    while !daemons(Path::new("bindfs"), &part).is_empty() && start.elapsed() < LIMIT / 10 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(outcome.status.code(), Some(3), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("FUSE"), "{}", outcome.stderr);
     assert_eq!((mount_type(&at), left), (None, 0));
@@ -801,7 +806,7 @@ fn a_snapshot_that_is_read_is_not_deleted() {
     assert!(data.len() == 3 << 20 && data.iter().all(|byte| *byte == 1));
     drop(open);
     // The kernel tells of a close after it has returned: the deletion waits for that.
-    fs::remove_dir(&snapshot).unwrap();
+    remove_snapshot(&snapshot).unwrap();
     assert!(!snapshot.exists());
 }
 

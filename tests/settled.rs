@@ -38,6 +38,15 @@ fn sync(engine: &Engine, name: &str) -> Result<()> {
     }
 }
 
+/// In memory: on a slow disk everything is synced where one after the other would take seconds.
+fn place() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    match memory.is_dir() {
+        true => tempfile::tempdir_in(memory).unwrap(),
+        false => tempfile::tempdir().unwrap(),
+    }
+}
+
 /// Inode numbers of what was synced; `None`: everything was.
 type Synced = Arc<Mutex<Vec<Option<u64>>>>;
 
@@ -53,7 +62,7 @@ fn noting(synced: &Synced) -> Witness {
 /// What was there before the mount is synced before a snapshot needs it.
 #[test]
 fn what_earlier_sessions_left_is_synced_in_the_background() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = place();
     std::fs::write(dir.path().join("f"), "old").unwrap();
     let synced = Synced::default();
     let options = EngineOptions {
@@ -83,7 +92,7 @@ fn what_earlier_sessions_left_is_synced_in_the_background() {
 #[test]
 fn what_has_changed_is_synced_alone() {
     for durability in [Durability::Strict, Durability::Ordered] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = place();
         for name in ["f", "g"] {
             std::fs::write(dir.path().join(name), "old").unwrap();
         }
@@ -163,7 +172,7 @@ fn what_has_changed_is_synced_alone() {
 /// the file next must be told as well, whenever he opened it.
 #[test]
 fn what_could_not_be_synced_for_a_snapshot_is_told_to_the_next_who_syncs_it() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = place();
     for name in ["f", "g"] {
         std::fs::write(dir.path().join(name), "old").unwrap();
     }
@@ -302,7 +311,7 @@ fn change(engine: &Engine, rng: &mut SmallRng) -> Result<()> {
 /// how many objects that were.
 fn history(seed: u64) -> usize {
     let mut rng = SmallRng::seed_from_u64(seed);
-    let dir = tempfile::tempdir().unwrap();
+    let dir = place();
     for name in ["d0", "d1"] {
         std::fs::create_dir(dir.path().join(name)).unwrap();
     }
@@ -361,7 +370,7 @@ fn every_object_that_has_changed_is_synced() {
 #[test]
 fn pre_images_are_durable_before_anything_is_written_behind() {
     const MIB: u64 = 1 << 20;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = place();
     let file = std::fs::File::create(dir.path().join("f")).unwrap();
     file.write_all_at(&vec![1; 48 << 20], 0).unwrap();
     let (asked, failing) = (
@@ -422,7 +431,7 @@ fn pre_images_are_durable_before_anything_is_written_behind() {
 fn nothing_of_a_file_that_is_gone_is_written_behind() {
     const MIB: u64 = 1 << 20;
     for removed in [false, true] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = place();
         std::fs::write(dir.path().join("f"), "").unwrap();
         let asked = Arc::new(AtomicU32::new(0));
         let asks = asked.clone();

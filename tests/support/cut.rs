@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 use super::model::Random;
 
+/// So many views are made, however long it takes.
+const LEAST: usize = 6;
 /// The most bytes that one request of the kernel carries: a longer `write` is several operations.
 const REQUEST: usize = 1 << 20;
 /// A `write` that begins inside a page which the kernel has not read is two requests, if it goes beyond that
@@ -1243,7 +1245,8 @@ impl Run<'_> {
         let mut random = Random::new(seed);
         let mut times = Vec::new();
         let mut spare: Vec<Job> = Vec::new();
-        while Instant::now() < until && !self.stop.load(Ordering::SeqCst) {
+        // A slow machine makes a few all the same.
+        while (Instant::now() < until || times.len() < LEAST) && !self.stop.load(Ordering::SeqCst) {
             let start = Instant::now();
             let job = match self.cut(&format!("cut-{}", times.len())) {
                 Ok(job) => job,
@@ -1416,7 +1419,8 @@ pub(crate) fn stands_still(mnt: &Path, time: Duration) -> (usize, Vec<String>) {
             });
         }
         let end = Instant::now() + time;
-        while Instant::now() < end && changed.len() < 5 {
+        // A slow machine makes a few all the same.
+        while (Instant::now() < end || cuts < 10) && changed.len() < 5 {
             let view = mnt.join(format!(".snapshots/still-{cuts}"));
             let low: Vec<u64> = progress
                 .iter()

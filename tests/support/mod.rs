@@ -11,6 +11,8 @@ pub(crate) mod cut;
 pub(crate) mod model;
 pub(crate) mod user;
 
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -251,7 +253,19 @@ pub(crate) fn unmount_below(bin: &Path, dir: &Path) {
     }
 }
 
-/// The processes that run `bin` and have `mnt` as an argument of its own.
+/// umount(2), which does not wait for the daemon. A process that another test is about to start may have a file of the mount
+/// open for a moment, and a command may be asking it what it is of.
+#[track_caller]
+pub(crate) fn unmount_patiently(mnt: &Path) {
+    let start = Instant::now();
+    while let Err(errno) = rustix::mount::unmount(mnt, UnmountFlags::empty()) {
+        let busy = errno == Errno::BUSY && start.elapsed() < Duration::from_secs(30);
+        assert!(busy, "{}: {errno}", mnt.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The processes that run `bin` and have `mnt` as an argument of its own, but for those by which commands ask it what it is.
 pub(crate) fn daemons(bin: &Path, mnt: &Path) -> Vec<Pid> {
     let mut pids = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -268,14 +282,12 @@ pub(crate) fn daemons(bin: &Path, mnt: &Path) -> Vec<Pid> {
         let Ok(exe) = fs::read_link(entry.path().join("exe")) else {
             continue;
         };
+        let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+        let asks = words.get(1) == Some(&&b"status"[..]);
         let same = exe.file_name().zip(bin.file_name()).is_some_and(|(a, b)| {
             a == b || a.as_bytes().strip_suffix(b" (deleted)") == Some(b.as_bytes())
         });
-        if same
-            && line
-                .split(|b| *b == 0)
-                .any(|word| word == mnt.as_os_str().as_bytes())
-        {
+        if same && !asks && words.contains(&mnt.as_os_str().as_bytes()) {
             pids.extend(Pid::from_raw(id));
         }
     }
@@ -295,7 +307,8 @@ pub(crate) fn kill_daemons(bin: &Path, mnt: &Path) -> usize {
         let _ = kill_process(*pid, Signal::KILL);
     }
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(10) && !daemons(bin, mnt).is_empty() {
+    // A process that waits for the disk ends after that.
+    while start.elapsed() < Duration::from_secs(60) && !daemons(bin, mnt).is_empty() {
         std::thread::sleep(Duration::from_millis(1));
     }
     pids.len()
@@ -648,7 +661,7 @@ impl Mount {
         let start = Instant::now();
         while !daemons(&self.bin, &self.mnt).is_empty() {
             assert!(
-                start.elapsed() < Duration::from_secs(10),
+                start.elapsed() < Duration::from_secs(60),
                 "a process of the mount outlives its daemon"
             );
             std::thread::sleep(Duration::from_millis(1));
@@ -687,7 +700,7 @@ impl Mount {
         // One that is killed may have started another just before.
         while kill_daemons(&self.bin, &self.mnt) > 0 {
             assert!(
-                start.elapsed() < Duration::from_secs(20),
+                start.elapsed() < Duration::from_secs(60),
                 "the daemons of {} do not end",
                 self.mnt.display()
             );
@@ -695,7 +708,7 @@ impl Mount {
         let _ = child.kill();
         child.wait().unwrap();
         while mount_type(&self.mnt).is_some() {
-            assert!(start.elapsed() < Duration::from_secs(20), "not detached");
+            assert!(start.elapsed() < Duration::from_secs(60), "not detached");
             detach(&self.mnt);
         }
     }
@@ -705,6 +718,19 @@ impl Mount {
     pub(crate) fn recover(&self) {
         detach(&self.mnt);
         self.mount();
+    }
+
+    /// As [`Self::snapshot`]. On a full store that may fail until the next round of upkeep.
+    #[track_caller]
+    pub(crate) fn snapshot_when_there_is_room(&self, name: &str) -> PathBuf {
+        let path = self.snapshot_path(name);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while let Err(error) = fs::create_dir(&path) {
+            assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "{name}");
+            assert!(Instant::now() < deadline, "{name}: no space came back");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        path
     }
 
     /// Cuts a snapshot and returns its path.
