@@ -6,7 +6,6 @@ mod space;
 pub use parse::{KNOWN_OPTIONS, parse_options};
 pub use space::{OnFull, Reserve, SpacePolicy};
 
-use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -125,30 +124,25 @@ pub struct MountOptions {
 }
 
 impl MountOptions {
-    /// What a remount cannot change and these options name, if anything.
+    /// The first option that is set to other than its default and that the mount of the live tree fixes: neither a remount
+    /// nor the mount of a snapshot has it.
     #[must_use]
-    pub fn fixed(&self) -> Option<&'static str> {
-        let standard = Self::default();
+    pub fn of_live_mount(&self) -> Option<&'static str> {
+        let (default, space) = (Self::default(), SpacePolicy::default());
         [
-            ("store", self.store.is_some()),
-            ("snapshot-dir", self.snapshot_dir != standard.snapshot_dir),
-            ("durability", self.durability != standard.durability),
-            ("cache", self.cache != standard.cache),
-            ("store-limit", self.space.limit.is_some()),
-            (
-                "store-reserve",
-                self.space.reserve != standard.space.reserve,
-            ),
-            ("on-full", self.space.on_full != standard.space.on_full),
+            ("store", self.store != default.store),
+            ("snapshot-dir", self.snapshot_dir != default.snapshot_dir),
+            ("durability", self.durability != default.durability),
+            ("cache", self.cache != default.cache),
+            ("sync-interval", self.sync_interval != default.sync_interval),
+            ("idle", self.idle != default.idle),
+            ("store-limit", self.space.limit != space.limit),
+            ("store-reserve", self.space.reserve != space.reserve),
+            ("on-full", self.space.on_full != space.on_full),
             ("user-snapshots", self.user_snapshots),
-            (
-                "sync-interval",
-                self.sync_interval != standard.sync_interval,
-            ),
-            ("idle", self.idle != standard.idle),
         ]
         .into_iter()
-        .find_map(|(name, given)| given.then_some(name))
+        .find_map(|(name, set)| set.then_some(name))
     }
 }
 
@@ -172,33 +166,6 @@ impl Default for MountOptions {
             user_snapshots: false,
             snapshot: None,
             remount: false,
-        }
-    }
-}
-
-impl MountOptions {
-    /// Refuses what has no meaning for the mount of a snapshot: that is up to the live mount.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] with the name of the first such option that is set to other than its default.
-    pub fn check_for_snapshot(&self) -> Result<()> {
-        let default = Self::default();
-        let of_live = [
-            (self.store != default.store, "store"),
-            (self.snapshot_dir != default.snapshot_dir, "snapshot-dir"),
-            (self.durability != default.durability, "durability"),
-            (self.sync_interval != default.sync_interval, "sync-interval"),
-            (self.idle != default.idle, "idle"),
-            (self.space.limit.is_some(), "store-limit"),
-            (self.space.reserve != default.space.reserve, "store-reserve"),
-            (self.space.on_full != default.space.on_full, "on-full"),
-            (self.user_snapshots, "user-snapshots"),
-        ];
-        match of_live.iter().find(|(set, _)| *set) {
-            Some((_, name)) => Err(Error::Usage(format!(
-                "mount option \"{name}\" belongs to the mount of the live tree, not to that of a snapshot"
-            ))),
-            None => Ok(()),
         }
     }
 }
@@ -396,7 +363,7 @@ mod tests {
     fn a_snapshot_has_a_name_and_few_options() {
         let options = parse_options(&["snapshot=a\\,b,noatime,rw"]).unwrap();
         assert_eq!(options.snapshot.as_deref(), Some(OsStr::new("a,b")));
-        options.check_for_snapshot().unwrap();
+        assert_eq!(options.of_live_mount(), None);
         for name in ["", ".", "..", "a/b", &"x".repeat(256)] {
             let error = parse_options(&[format!("snapshot={name}")]).unwrap_err();
             assert_eq!(error.exit_code(), 7, "{name}");
@@ -405,12 +372,16 @@ mod tests {
             "store=/x",
             "snapshot-dir=.s",
             "durability=strict",
+            "cache=writeback",
             "sync-interval=5",
             "idle=halt",
+            "store-limit=1G",
+            "store-reserve=5%",
+            "on-full=enospc",
         ] {
             let options = parse_options(&[format!("snapshot=a,{other}")]).unwrap();
-            let error = options.check_for_snapshot().unwrap_err().to_string();
-            assert!(error.contains(other.split_once('=').unwrap().0), "{error}");
+            let name = other.split_once('=').unwrap().0;
+            assert_eq!(options.of_live_mount(), Some(name));
         }
     }
 
@@ -429,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_remount_knows_what_it_cannot_change() {
-        let fixed = |list: &str| parse_options(&[list]).unwrap().fixed();
+        let fixed = |list: &str| parse_options(&[list]).unwrap().of_live_mount();
         assert_eq!(
             fixed("rw,relatime,user_id=0,group_id=0,default_permissions,allow_other,remount,ro"),
             None

@@ -21,6 +21,13 @@ impl Epoch {
     }
 }
 
+/// Whether a snapshot can have this name: one that a directory entry can have.
+#[must_use]
+pub fn is_snapshot_name(name: &[u8]) -> bool {
+    let bytes = !name.contains(&b'/') && !name.contains(&0);
+    bytes && (1..=255).contains(&name.len()) && !matches!(name, b"." | b"..")
+}
+
 /// A journal position: segment number in the high 32 bits, byte offset in its log area in the low 32.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lsn(pub u64);

@@ -39,7 +39,7 @@
 //!
 //! # Who may name whom
 //! `main → cli → fuse → engine → store`, each only what stands to its right; [`sys`], [`sync`], [`error`],
-//! [`ids`] and [`planted`] are below all, [`config`] and [`control`] are shared by those that need them. fuser is named only under
+//! [`ids`] and [`planted`] are below all, [`config`], [`control`] and [`mounts`] are shared by those that need them. fuser is named only under
 //! `fuse/`, sled only in `store/index.rs`, system calls without a safe wrapper only in [`sys`], locks and atomics only in
 //! [`sync`].
 //! tests/architecture.rs holds this.
@@ -50,6 +50,7 @@ pub mod engine;
 pub mod error;
 pub mod fuse;
 pub mod ids;
+pub mod mounts;
 pub mod planted;
 pub mod store;
 pub mod sync;

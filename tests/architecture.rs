@@ -18,6 +18,7 @@ const BORDERS: &[(&[&str], &[&str])] = &[
     (&["crate::store"], &["cli/", "fuse/", "engine/", "store/"]),
     (&["crate::config"], &["cli/", "fuse/", "engine/"]),
     (&["crate::control"], &["cli/", "fuse/"]),
+    (&["crate::mounts"], &["cli/", "fuse/", "control.rs"]),
 ];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

@@ -431,7 +431,7 @@ fn a_full_disk_does_not_fail_a_sync() {
     // More than half a segment, so that the next one is due.
     write(&engine, "f", 0, &[2; 700_000]).unwrap();
     fault.full.store(true, Ordering::SeqCst);
-    engine.sync_journal().unwrap();
+    engine.store().sync().unwrap();
     engine.upkeep().unwrap();
     assert_eq!(seen(&engine, &["a", "f"]).unwrap(), vec![1; 1 << 20]);
     engine.delete_snapshot(b"a", Duration::ZERO).unwrap();

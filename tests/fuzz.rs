@@ -6,7 +6,8 @@
 mod plain;
 
 use cowfs::config::parse_options;
-use cowfs::control::{MountOrder, parse_mountinfo};
+use cowfs::control::MountOrder;
+use cowfs::mounts;
 use cowfs::store::fuzz;
 use plain::rng;
 use rand::Rng;
@@ -145,6 +146,6 @@ fn options_and_orders_and_the_mount_table() {
         let text = OsStr::from_bytes(data);
         let _ = parse_options(&[text]);
         let _ = MountOrder::parse(text);
-        let _ = parse_mountinfo(data);
+        let _ = mounts::parse(data);
     });
 }

@@ -6,5 +6,5 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let text = std::ffi::OsStr::from_bytes(data);
     let _ = cowfs::config::parse_options(&[text]);
     let _ = cowfs::control::MountOrder::parse(text);
-    let _ = cowfs::control::parse_mountinfo(data);
+    let _ = cowfs::mounts::parse(data);
 });

@@ -1,9 +1,9 @@
 //! `cowfs destroy`: turn a backing directory back into a plain one (C10).
 
 use crate::config::STORE_DIR;
-use crate::control;
 use crate::engine::pairing;
 use crate::error::{Error, Result};
+use crate::mounts;
 use crate::store::{Store, StoreOptions};
 use crate::sys;
 use rustix::fd::AsFd;
@@ -33,8 +33,8 @@ EXAMPLE
 pub(super) fn run(args: &Args) -> Result<()> {
     let source = std::fs::canonicalize(&args.source)
         .map_err(|e| Error::io("cannot open the directory", &args.source, &e))?;
-    let mounts = control::mounts()?;
-    if let Some(mount) = control::mount_of(&source, &mounts).filter(|mount| mount.is_cowfs()) {
+    let mounts = mounts::read()?;
+    if let Some(mount) = mounts::of(&source, &mounts).filter(|mount| mount.is_cowfs()) {
         return Err(Error::Source {
             path: source.clone(),
             why: format!(

@@ -3,9 +3,10 @@
 use super::keeper::{self, Inherited};
 use super::{Failure, daemon, mount_snapshot};
 use crate::config::{MountConfig, MountOptions, STORE_DIR, parse_options};
-use crate::control::{self, MountEntry};
+use crate::control;
 use crate::error::{Error, Result};
 use crate::fuse;
+use crate::mounts::{self, MountEntry};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::ffi::OsString;
@@ -171,7 +172,7 @@ pub(super) fn run(args: &Args) -> std::result::Result<(), Failure> {
 
 /// `-o remount`: new flags for a mount that is there. The source is not looked at, as with any filesystem.
 fn remount(args: &Args, options: &MountOptions) -> Result<()> {
-    if let Some(fixed) = options.fixed() {
+    if let Some(fixed) = options.of_live_mount() {
         return Err(Error::Usage(format!(
             "mount option {fixed:?} cannot be changed by a remount; `cowfs umount` and mount anew"
         )));
@@ -182,8 +183,8 @@ fn remount(args: &Args, options: &MountOptions) -> Result<()> {
         why,
     };
     let place = std::fs::canonicalize(path).map_err(|error| refuse(error.to_string()))?;
-    let mounts = control::mounts()?;
-    if !control::mount_of(&place, &mounts)
+    let mounts = mounts::read()?;
+    if !mounts::of(&place, &mounts)
         .is_some_and(|mount| mount.mountpoint == place && mount.is_cowfs())
     {
         return Err(refuse(
@@ -378,8 +379,8 @@ fn check_source(path: &Path) -> Result<PathBuf> {
             )),
             errno => refuse(&format!("cannot be opened: {errno}")),
         })?;
-    let mounts = control::mounts()?;
-    if let Some(mount) = control::mount_of(&source, &mounts).filter(|mount| mount.is_cowfs()) {
+    let mounts = mounts::read()?;
+    if let Some(mount) = mounts::of(&source, &mounts).filter(|mount| mount.is_cowfs()) {
         return Err(refuse(&format!(
             "it is mounted by cowfs already, at {}; `cowfs umount` that first, or use it as it is",
             mount.mountpoint.display()
@@ -434,8 +435,8 @@ pub(super) fn check_mountpoint(path: &Path, source: &Path) -> Result<PathBuf> {
             source.display()
         )));
     }
-    let mounts = control::mounts()?;
-    let there = control::mount_of(&place, &mounts).filter(|mount| mount.mountpoint == place);
+    let mounts = mounts::read()?;
+    let there = mounts::of(&place, &mounts).filter(|mount| mount.mountpoint == place);
     match there {
         Some(mount) if mount.is_cowfs() => Err(refuse(format!(
             "a cowfs mount (of {}) is there already; `cowfs umount` it first, or choose another place",

@@ -6,6 +6,7 @@ use crate::config::{MountConfig, MountOptions};
 use crate::control::{self, MountOrder};
 use crate::error::{Error, Result};
 use crate::fuse;
+use crate::mounts;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{PTracer, Pid, set_ptracer};
@@ -22,7 +23,11 @@ pub(super) struct Plan {
 
 /// Checks everything that can be told before the mount.
 pub(super) fn prepare(args: &Args, options: MountOptions, name: &OsStr) -> Result<Plan> {
-    options.check_for_snapshot()?;
+    if let Some(name) = options.of_live_mount() {
+        return Err(Error::Usage(format!(
+            "mount option {name:?} belongs to the mount of the live tree, not to that of a snapshot"
+        )));
+    }
     let path = args.mountpoint.as_deref().ok_or_else(|| {
         Error::Usage("a snapshot is mounted at a place of its own; name it after SOURCE".into())
     })?;
@@ -91,8 +96,8 @@ pub(super) fn run(plan: &Plan) -> std::result::Result<(), Failure> {
 
 fn hand_over(plan: &Plan, device: &OwnedFd) -> std::result::Result<(), Failure> {
     let place = &plan.config.mountpoint;
-    let mounts = control::mounts()?;
-    let mount = control::mount_of(place, &mounts).filter(|mount| mount.mountpoint == *place);
+    let mounts = mounts::read()?;
+    let mount = mounts::of(place, &mounts).filter(|mount| mount.mountpoint == *place);
     let mount = mount.ok_or_else(|| Error::MountPoint {
         path: place.clone(),
         why: "the mount has gone already".into(),

@@ -3,6 +3,7 @@
 use super::output;
 use crate::control::{self, SnapshotStatus};
 use crate::error::{Error, Result};
+use crate::ids::is_snapshot_name;
 use chrono::format::{Item, StrftimeItems};
 use chrono::{DateTime, Utc};
 use rustix::fs::{CWD, RenameFlags};
@@ -174,12 +175,7 @@ fn is_path(word: &OsStr) -> bool {
 }
 
 fn check_name(name: &OsStr) -> Result<&OsStr> {
-    let bytes = name.as_bytes();
-    let wrong = bytes.is_empty()
-        || bytes.len() > 255
-        || bytes.iter().any(|byte| matches!(byte, b'/' | 0))
-        || matches!(bytes, b"." | b"..");
-    if wrong {
+    if !is_snapshot_name(name.as_bytes()) {
         Err(Error::SnapshotName(control::lossy(name)))
     } else {
         Ok(name)

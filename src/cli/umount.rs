@@ -1,8 +1,9 @@
 //! `cowfs umount`: detach a mount and wait until its store is written.
 
 use crate::config::CacheMode;
-use crate::control::{self, MountEntry, SnapshotMount, Status};
+use crate::control::{self, SnapshotMount, Status};
 use crate::error::{Error, Result};
+use crate::mounts::{self, MountEntry};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use std::path::{Path, PathBuf};
@@ -133,7 +134,7 @@ fn locate(path: &Path) -> Result<PathBuf> {
         && let Ok(parent) = std::fs::canonicalize(parent)
     {
         let place = parent.join(name);
-        if control::mounts()?.iter().any(|m| m.mountpoint == place) {
+        if mounts::read()?.iter().any(|m| m.mountpoint == place) {
             return Ok(place);
         }
     }
@@ -144,14 +145,14 @@ fn locate(path: &Path) -> Result<PathBuf> {
 }
 
 fn top_mount(path: &Path, place: &Path) -> Result<MountEntry> {
-    let mounts = control::mounts()?;
+    let mounts = mounts::read()?;
     let refuse = |why: String| {
         Err(Error::MountPoint {
             path: path.to_path_buf(),
             why,
         })
     };
-    match control::mount_of(place, &mounts) {
+    match mounts::of(place, &mounts) {
         Some(mount) if mount.is_cowfs() && mount.mountpoint == place => Ok(mount.clone()),
         Some(mount) if mount.is_cowfs() => refuse(format!(
             "it is inside a cowfs mount, not its mount point; `cowfs umount '{}'`",
@@ -167,7 +168,7 @@ fn top_mount(path: &Path, place: &Path) -> Result<MountEntry> {
 
 /// Where the filesystem of a mount is mounted.
 fn same_filesystem(mount: &MountEntry) -> Result<Vec<PathBuf>> {
-    let mounts = control::mounts()?.into_iter();
+    let mounts = mounts::read()?.into_iter();
     let same = mounts.filter(|other| other.device == mount.device && other.is_cowfs());
     Ok(same.map(|other| other.mountpoint).collect())
 }
@@ -240,8 +241,8 @@ fn detach(mount: &MountEntry, lazy: bool, patience: Duration) -> Result<(), Busy
     let deadline = Instant::now() + patience;
     loop {
         // Somebody else may have unmounted it, and what lies beneath is not ours.
-        let mounts = control::mounts().map_err(Busy::No)?;
-        let top = control::mount_of(place, &mounts);
+        let mounts = mounts::read().map_err(Busy::No)?;
+        let top = mounts::of(place, &mounts);
         if top.is_none_or(|top| top.mountpoint != *place || top.device != mount.device) {
             return Ok(());
         }
@@ -334,7 +335,7 @@ fn wait_for(daemon: Process, mount: &MountEntry) -> Result<()> {
 /// Why a daemon goes on after its mount was taken away.
 fn unfinished(daemon: Process, mount: &MountEntry) -> String {
     let (pid, time) = (daemon.pid, FINISH.as_secs());
-    match control::who_sees(&mount.device) {
+    match mounts::who_sees(&mount.device) {
         Some(other) => format!(
             "unmounted here, but another mount namespace has it still, that of process {other}, so that its daemon \
              (pid {pid}) goes on; the directory cannot be mounted again before it has ended"

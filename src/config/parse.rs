@@ -4,6 +4,7 @@ use super::{
     CacheMode, Durability, Idle, LONGEST_SYNC_INTERVAL_MS, MountOptions, STORE_DIR, space,
 };
 use crate::error::{Error, Result};
+use crate::ids::is_snapshot_name;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -206,10 +207,7 @@ fn sync_interval(value: &[u8]) -> Result<Duration> {
 }
 
 fn snapshot(value: &[u8]) -> Result<OsString> {
-    let good = (1..=255).contains(&value.len())
-        && !value.contains(&b'/')
-        && !matches!(value, b"." | b"..");
-    if good {
+    if is_snapshot_name(value) {
         Ok(OsStr::from_bytes(value).to_os_string())
     } else {
         Err(Error::SnapshotName(lossy(value)))

@@ -323,11 +323,6 @@ impl Engine {
         self.nodes.get(node).ok_or(Error::Os(Errno::STALE))
     }
 
-    /// Makes everything that has been kept durable, as an fsync of a file demands of the journal first (C8).
-    pub fn sync_journal(&self) -> Result<()> {
-        self.store.sync()
-    }
-
     /// Waits, under strict durability, until the record `lsn` is on stable storage (I1).
     fn settle(&self, lsn: Lsn) -> Result<()> {
         match self.durability {

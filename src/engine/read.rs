@@ -197,17 +197,16 @@ impl Engine {
         };
         // Past the end of the live file is what a change that makes holes found as a hole and did not keep.
         let live = live.unwrap_or(if hole { at } else { size }).min(size);
-        let mut at = at;
-        while at + CHUNK <= live {
-            match self
-                .store
-                .next_extent_chunk(ino, file.snapshot.epoch, at / CHUNK)?
-            {
-                Some(chunk) if chunk * CHUNK < live => return Ok((chunk * CHUNK).max(at)),
-                _ => at = live / CHUNK * CHUNK,
-            }
+        if at + CHUNK > live {
+            return Ok(at);
         }
-        Ok(at)
+        let kept = self
+            .store
+            .next_extent_chunk(ino, file.snapshot.epoch, at / CHUNK)?;
+        Ok(match kept {
+            Some(chunk) if chunk * CHUNK < live => (chunk * CHUNK).max(at),
+            _ => live / CHUNK * CHUNK,
+        })
     }
 
     /// Data and holes of `from..to`, within one chunk, as of the snapshot.

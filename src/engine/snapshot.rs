@@ -7,9 +7,9 @@ use super::object::{Member, Numbers, Object};
 use super::room::UnderCut;
 use super::view::Snapshot;
 use crate::error::{Error, Result};
-use crate::ids::Epoch;
+use crate::ids::{Epoch, is_snapshot_name};
 use crate::store::{AttrImage, SnapshotInfo, SnapshotState, Timestamp};
-use crate::sync::{Arc, Ordering};
+use crate::sync::Ordering;
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 use std::time::{Duration, Instant};
@@ -98,13 +98,7 @@ pub fn now() -> Timestamp {
 }
 
 fn check_name(name: &[u8]) -> Result<()> {
-    let bad = name.is_empty()
-        || name.len() > 255
-        || name == b"."
-        || name == b".."
-        || name.contains(&b'/')
-        || name.contains(&0);
-    if bad {
+    if !is_snapshot_name(name) {
         Err(Error::SnapshotName(String::from_utf8_lossy(name).into()))
     } else {
         Ok(())
@@ -509,10 +503,5 @@ impl Engine {
             shown: node,
             image,
         })
-    }
-
-    /// The directory `dir` in the snapshot called `name`.
-    pub fn snapshot_named(&self, name: &[u8]) -> Option<Arc<Snapshot>> {
-        self.snapshots.named(name)
     }
 }

@@ -1,8 +1,8 @@
 //! Mounting and unmounting: mount(2) for those who may, the set-user-id helper of FUSE for the others.
 
 use crate::config::{MountConfig, MountOptions};
-use crate::control;
 use crate::error::{Error, Result};
+use crate::mounts;
 use crate::sys::{self, MAX_WRITE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -73,7 +73,7 @@ const READ_AHEAD: u32 = 2 * MAX_WRITE;
 
 /// The number of the cowfs filesystem that is mounted there, as the mount table writes it.
 pub fn device_of(mountpoint: &Path) -> Option<String> {
-    let mounts = control::mounts().unwrap_or_default();
+    let mounts = mounts::read().unwrap_or_default();
     let ours = mounts.into_iter().rfind(|m| m.mountpoint == mountpoint);
     let device = ours.filter(|m| m.is_cowfs()).map(|m| m.device);
     if device.is_none() {
@@ -109,7 +109,7 @@ pub fn detach(mountpoint: &Path, device: Option<&str>) {
     let opened = match rustix::fs::open(mountpoint, flags, Mode::empty()) {
         // A directory above it was renamed.
         Err(Errno::NOENT) => device
-            .and_then(control::place_of)
+            .and_then(mounts::place_of)
             .ok_or(Errno::NOENT)
             .and_then(|place| rustix::fs::open(place, flags, Mode::empty())),
         opened => opened,

@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::engine::alone::AloneView;
 use crate::error::{Error, Result};
 use crate::ids::Epoch;
+use crate::mounts::{self, MountEntry};
 use crate::sync::{Arc, Mutex, Weak};
 use fuser::{Config, Request, Session, SessionACL};
 use rustix::fd::OwnedFd;
@@ -61,11 +62,11 @@ impl Mounted {
 
 /// Where a device number is mounted, as far as this process can see.
 fn places_of(device: &str) -> Vec<PathBuf> {
-    let mounts = control::mounts().unwrap_or_else(|error| {
+    let mounts = mounts::read().unwrap_or_else(|error| {
         log::warn!("{error}");
         Vec::new()
     });
-    let ours = |mount: &control::MountEntry| mount.is_cowfs() && mount.device == device;
+    let ours = |mount: &MountEntry| mount.is_cowfs() && mount.device == device;
     let ours = mounts.into_iter().filter(ours);
     ours.map(|mount| mount.mountpoint).collect()
 }

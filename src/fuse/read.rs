@@ -100,7 +100,7 @@ impl Reader {
     /// Agrees with the kernel on what the mount can do.
     ///
     /// # Errors
-    /// `Unsupported` if the kernel lacks what there is no doing without.
+    /// `Unsupported` if the kernel lacks what `cache=writeback` needs.
     pub(super) fn init(config: &mut KernelConfig, writeback: bool) -> std::io::Result<()> {
         let wanted = WANTED;
         if writeback && config.add_capabilities(WRITEBACK).is_err() {

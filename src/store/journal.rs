@@ -518,8 +518,8 @@ impl Journal {
         }
     }
 
-    /// The table that new segments begin with from now on. One that was made early gives its place up to
-    /// no better one: of several tables in the journal the newest holds.
+    /// The table that new segments begin with from now on. A segment that was made early keeps the table it has: of several
+    /// in the journal the newest holds.
     pub(super) fn set_preface(&self, table: Record) {
         *self.preface.lock() = Arc::new(table);
     }
@@ -543,7 +543,7 @@ impl Journal {
         self.appended.load(Ordering::Relaxed)
     }
 
-    /// The segment that appends go to, and how full its log is; `None` before the first append.
+    /// The segment that appends go to, and whether there has been none to it yet; `None` before the first append.
     pub(super) fn tail(&self) -> Option<(u32, bool)> {
         self.tail
             .lock()

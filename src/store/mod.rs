@@ -24,11 +24,11 @@ mod index;
 mod index_tests;
 mod journal;
 mod key;
+mod labels;
 mod layers;
 mod lookup;
 pub mod media;
 mod open;
-mod probe;
 mod reclaim;
 mod record;
 mod repair;
@@ -112,6 +112,12 @@ struct Opened {
 }
 
 impl Store {
+    /// Whether a failed append or sync has ended mutation (I7).
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.journal.poison.check().is_err()
+    }
+
     /// The number that this store was given when it was made.
     #[must_use]
     pub fn uuid(&self) -> u128 {

@@ -136,7 +136,7 @@ impl Stage {
         output::line(format!(
             "Mounted by cowfs at {} (type {})",
             live.display(),
-            control::FS_TYPE
+            crate::mounts::FS_TYPE
         ))?;
         Ok(())
     }

@@ -173,7 +173,7 @@ impl Op<'_> {
     /// longer: holes that were not kept when it was cut short. Whatever else they had there was.
     fn keep_holes_of_older(&mut self, file: &Keeping<'_>, range: &Range) -> Result<()> {
         let block = BLOCK as u64;
-        // The block in which the newest cut ends is that one's matter: whoever moved the end there kept it.
+        // Not the block in which the newest cut ends: whoever moved the end there has kept it.
         let mut from = (range.start / block).max(file.size.div_ceil(block));
         for &(k, size) in self.longer(file)?.iter() {
             let to = range.end.min(size).div_ceil(block);

@@ -2,12 +2,12 @@
 
 use super::{FILEID_INO64_GEN, NODE_NAME, Order};
 use super::{pages_tell_of_requests, put_words, read_word, read_words};
-use crate::control;
 use crate::engine::backing::FUSE_MAGIC;
 use crate::engine::nodes::NodeId;
 use crate::error::Result;
 use crate::fuse::hands::Hands;
 use crate::fuse::limits;
+use crate::mounts;
 use crate::sync::{Arc, Mutex, channel};
 use crate::sys;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -187,7 +187,7 @@ fn open_apart(device: u64, place: &mut Option<PathBuf>) -> Result<OwnedFd, Errno
         return Ok(root);
     }
     let number = number_of(device);
-    let mut mounts = control::mounts().map_err(|_| Errno::IO)?;
+    let mut mounts = mounts::read().map_err(|_| Errno::IO)?;
     // A number is given to another filesystem when this one is gone.
     mounts.retain(|mount| mount.device == number && mount.is_cowfs());
     let mut opened = Err(Errno::NOENT);
@@ -265,7 +265,7 @@ fn open_root(mountpoint: &Path, device: &mut Option<u64>) -> Result<OwnedFd, Err
             *device = Some(*there);
             opened
         }
-        (_, Some(known)) => match control::place_of(&number_of(known)) {
+        (_, Some(known)) => match mounts::place_of(&number_of(known)) {
             Some(place) => open_mounted(&place),
             None => opened,
         },

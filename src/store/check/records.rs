@@ -29,7 +29,7 @@ impl Check<'_> {
                 self.confirm(|store| {
                     let again = log_of(store, number)?;
                     let what = again.and_then(|log| log.damage.into_iter().nth(at));
-                    Ok(what.map(|(at, what)| damaged(number, at, &what)))
+                    Ok(what.map(|(_, what)| damaged(number, &what)))
                 })?;
             }
             if log.records.is_empty() && !log.blank {
@@ -53,7 +53,7 @@ impl Check<'_> {
 }
 
 /// A damaged place of a log. Whether a value is lost by it is told by the entries that came from there.
-fn damaged(number: u32, _at: u32, what: &str) -> Finding {
+fn damaged(number: u32, what: &str) -> Finding {
     let name = name_of(number);
     let what = what.strip_prefix(&format!("{name}: ")).unwrap_or(what);
     Finding::new(Severity::Wrong, name, what).fixed_by(Fix::Evacuate(number))
@@ -125,11 +125,11 @@ fn unknown_to_index(store: &Store, lsn: Lsn, record: &Record) -> Result<Option<F
     if dead || known {
         return Ok(None);
     }
-    let finding = missing(store, lsn);
+    let finding = missing(lsn);
     Ok(Some(finding.concerning(concerned(store, &key, &value)?)))
 }
 
-fn missing(_store: &Store, lsn: Lsn) -> Finding {
+fn missing(lsn: Lsn) -> Finding {
     let place = format!(
         "{} at {}",
         name_of(key::segment_of(lsn)),
@@ -164,7 +164,7 @@ fn unknown_blocks(store: &Store, lsn: Lsn, extent: &Extent) -> Result<Option<Fin
         return Ok(None);
     };
     let names = store.names_between(lower[first], piece.label);
-    Ok(Some(missing(store, lsn).concerning(names)))
+    Ok(Some(missing(lsn).concerning(names)))
 }
 
 fn object_of(record: &Record) -> Ino {

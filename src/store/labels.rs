@@ -1,4 +1,4 @@
-//! Small questions of the engine that need no value.
+//! Look-ups of labels alone, without the values that they are of.
 
 use super::Store;
 use super::key::{self, Piece};
@@ -74,11 +74,5 @@ impl Store {
         }
         let blocks = (from..to).map(|block| latest[(block % CHUNK_BLOCKS) as usize]);
         Ok(blocks.min().unwrap_or(Epoch(0)))
-    }
-
-    /// Whether a failed append or sync has ended mutation (I7).
-    #[must_use]
-    pub fn is_poisoned(&self) -> bool {
-        self.journal.poison.check().is_err()
     }
 }
