@@ -31,8 +31,8 @@
 //! - **I4** A mutation locks its objects before it reads the epoch, and is counted in that epoch until it is
 //!   applied.
 //! - **I5** Drop the index, replay the journal: the same answers.
-//! - **I6** Locks are taken in one order: [`engine::Engine`] and `store::Store` have it on their fields, and
-//!   [`engine::keep::Op`] takes those of objects by inode number.
+//! - **I6** Locks are taken in one order, which docs/ARCHITECTURE.md lists; [`engine::keep::Op`] takes those of objects by
+//!   inode number.
 //! - **I7** A failed append or sync poisons mutation with a clear error; reads go on.
 //!
 //! `// I1` and so on stand at the lines that uphold them.

@@ -91,8 +91,8 @@ pub type Listener = Box<dyn Fn(NodeId) + Send + Sync>;
 
 /// A mounted tree: live operations, snapshots, and the store behind them.
 ///
-/// The fields stand in lock order (I6): a thread that holds a lock takes only those further down. Between
-/// `cut` and the tables come the locks of objects, taken in order of inode number by [`keep::Op`].
+/// The order of its locks (I6) is in docs/ARCHITECTURE.md. Those of objects are taken in order of inode number by
+/// [`keep::Op`].
 pub struct Engine {
     /// Serialises cuts, deletions and renames of snapshots.
     cut: Mutex<()>,

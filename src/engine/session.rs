@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 /// of them would only have to make it dirty again.
 const QUIET: Duration = Duration::from_secs(2);
 /// How long after a cut, at most, the backing directory is made durable. Not at once, so that cuts in quick
-/// succession cost one syncfs(2), and the disk is left to the backup that reads the snapshot.
+/// succession have it done once, and the disk is left to the backup that reads the snapshot.
 const SETTLING: Duration = Duration::from_secs(5);
 
 /// What the background thread remembers between its rounds.

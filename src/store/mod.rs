@@ -80,7 +80,7 @@ pub struct Store {
     uuid: u128,
     /// [`StoreOptions::count_step`].
     count_step: usize,
-    /// Guards the one background job; held during its I/O, taken by nothing that serves a request.
+    /// Guards the one background job; held during its I/O.
     upkeep: Mutex<Upkeep>,
     /// Orders appends of values that can change (births, retained files; shared) against their being
     /// moved by compaction (exclusive), so that the journal has them in the order of the index.
