@@ -12,7 +12,7 @@ use crate::config::{OnFull, SpacePolicy};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino};
 use crate::store::{SnapshotState, Space};
-use crate::sync::{Arc, AtomicI64, AtomicU64, Mutex, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicI64, AtomicU64, Mutex, Ordering};
 use rustix::fs::StatVfs;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -94,6 +94,8 @@ pub(super) struct UnderCut {
 pub struct Room {
     policy: SpacePolicy,
     left: AtomicI64,
+    /// Changes have had to wait for space on the disk, and there has not been much since.
+    short: AtomicBool,
     /// Bytes of each retained file, as they were counted: one that is still open may have others when it goes.
     retained: Mutex<HashMap<Ino, u64>>,
     /// Their sum.
@@ -110,6 +112,7 @@ impl Room {
         Self {
             policy,
             left: AtomicI64::new(i64::MAX),
+            short: AtomicBool::new(false),
             retained: Mutex::default(),
             retained_bytes: AtomicU64::new(0),
             told: Mutex::default(),
@@ -176,6 +179,9 @@ impl Room {
         let margin = (space.total / MARGIN_PART).clamp(LEAST_MARGIN, MOST_MARGIN);
         let short = by_disk < margin
             || by_limit.is_some_and(|left| left < self.policy.limit.unwrap_or(0) / LIMIT_PART);
+        if by_disk >= margin {
+            self.short.store(false, Ordering::Relaxed);
+        }
         let all = used + left;
         let level = match () {
             () if left < SMALL => Level::Full,
@@ -264,7 +270,13 @@ impl Engine {
         })
     }
 
-    fn gives_way(&self) -> bool {
+    /// Whether changes may have to wait for space, which what is given up for them frees.
+    #[must_use]
+    pub fn is_short_of_space(&self) -> bool {
+        self.room.short.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn gives_way(&self) -> bool {
         self.room.policy.on_full != OnFull::Enospc
     }
 
@@ -425,6 +437,7 @@ impl Engine {
             return false;
         }
         patience.tried_again = false;
+        self.room.short.store(true, Ordering::Relaxed);
         if waiting {
             std::thread::sleep(RETRY);
         }

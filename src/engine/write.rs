@@ -50,8 +50,8 @@ impl Engine {
         Ok(done)
     }
 
-    /// As [`Self::write`], but `None` where that would have to wait for the journal (strict durability): what is
-    /// needed is kept, nothing is changed, and [`Self::write`] will go on from there.
+    /// As [`Self::write`], but `None` where that would have to wait, for the journal (strict durability) or for what is given
+    /// up on a full disk: nothing is changed, and [`Self::write`] will go on from there.
     pub fn try_write(
         &self,
         file: &LiveFile,
@@ -59,7 +59,7 @@ impl Engine {
         data: &[u8],
         caller: Option<Unprivileged>,
     ) -> Result<Option<usize>> {
-        self.with_room(data.len() as u64, || {
+        let write = || {
             let (mut op, range) = self.begin_write(file, offset, data)?;
             op.keep_data(&file.object, file.fd(), &range)?;
             if op.must_wait() {
@@ -67,7 +67,11 @@ impl Engine {
             }
             op.settle()?;
             self.put(file, offset, data, caller).map(Some) // I1
-        })
+        };
+        match write() {
+            Err(error) if error.is_full() && self.gives_way() => Ok(None),
+            done => done,
+        }
     }
 
     fn begin_write<'a>(

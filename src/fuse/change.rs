@@ -6,6 +6,8 @@ use super::intent::Before;
 use super::reply::answer;
 use super::writeback::Kind;
 use super::{Adapter, DELETE_PATIENCE, FOREVER, manages};
+use crate::config::Durability;
+use crate::engine::Engine;
 use crate::engine::handle::OpenFile;
 use crate::engine::names::Make;
 use crate::engine::nodes::Node;
@@ -18,13 +20,19 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
+/// Whether a change that keeps something has to wait.
+fn must_wait(engine: &Engine, durability: Durability) -> bool {
+    let waits = durability == Durability::Strict || engine.is_short_of_space();
+    waits && engine.snapshots().count() > 0
+}
+
 impl Adapter {
     /// Runs a change of names or attributes, which keeps something nearly always: on a thread of its own if it has
-    /// to wait for the journal then.
+    /// to wait for the journal then, or for space.
     pub(super) fn dispatch(&self, change: impl FnOnce() + Send + 'static) {
-        match &self.changes {
-            Some(pool) if self.engine.snapshots().count() > 0 => pool.run(change),
-            _ => change(),
+        match must_wait(&self.engine, self.durability) {
+            true => self.changes.run(change),
+            false => change(),
         }
     }
 
@@ -38,9 +46,10 @@ impl Adapter {
             return self.dispatch(change);
         };
         let (changes, engine) = (self.changes.clone(), self.engine.clone());
-        gate.pass(kind, move |_| match changes {
-            Some(pool) if engine.snapshots().count() > 0 => pool.run(change),
-            _ => change(),
+        let durability = self.durability;
+        gate.pass(kind, move |_| match must_wait(&engine, durability) {
+            true => changes.run(change),
+            false => change(),
         });
     }
 

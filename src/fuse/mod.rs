@@ -74,8 +74,9 @@ struct Adapter {
     /// The snapshots that are mounted by themselves.
     snapshots: Arc<SnapshotMounts>,
     blocking: Arc<Pool>,
-    /// Changes that wait for the journal; `None` where none does.
-    changes: Option<Arc<Pool>>,
+    /// Changes that wait for the journal, or for space.
+    changes: Arc<Pool>,
+    durability: Durability,
     /// Deletions of snapshots, which may wait for a file to be closed.
     deletions: Pool,
     /// Cuts, one after the other, so that those that wait for one hold up nothing else.
@@ -108,10 +109,11 @@ impl Adapter {
         Ok(Self {
             engine: snapshots.engine.clone(),
             reader: Arc::new(Reader::live(&snapshots)),
-            changes: match snapshots.config.durability {
-                Durability::Strict => Some(Arc::new(Pool::new("change", CHANGE_THREADS)?)),
-                Durability::Ordered => None,
-            },
+            changes: Arc::new(match snapshots.config.durability {
+                Durability::Strict => Pool::new("change", CHANGE_THREADS)?,
+                Durability::Ordered => Pool::new("change", BLOCKING_THREADS)?,
+            }),
+            durability: snapshots.config.durability,
             snapshots,
             blocking: Arc::new(Pool::new("blocking", BLOCKING_THREADS)?),
             deletions: Pool::new("deletion", 2)?,

@@ -316,12 +316,8 @@ impl Filesystem for Adapter {
         let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let written = self.reader.file(fh).and_then(|file| {
             let live = writable(&file)?;
-            let n = match &self.changes {
-                Some(_) => self.engine.try_write(live, offset, data, caller)?,
-                None if cached => Some(self.engine.write_back(live, offset, data, caller)?),
-                None => Some(self.engine.write(live, offset, data, caller)?),
-            };
-            // The rest has to be written as well.
+            let n = self.engine.try_write(live, offset, data, caller)?;
+            // The rest of what the kernel has held back has to be written as well.
             let n = n.filter(|n| !cached || *n == data.len());
             let syncs = live.sync_each_write.is_some() && !cached;
             Ok((file, n, syncs))
@@ -331,20 +327,20 @@ impl Filesystem for Adapter {
             gate.note_change(ino.0);
         }
         let (engine, gate) = (self.engine.clone(), self.gate.clone());
-        match (written, &self.changes) {
-            (Ok((file, Some(n), true)), _) => self.reader.crew.wait(&self.blocking, move || {
+        match written {
+            Ok((file, Some(n), true)) => self.reader.crew.wait(&self.blocking, move || {
                 let done = writable(&file).and_then(|live| engine.sync_write(live));
                 drop(file);
                 answer!(reply, done, () => reply.written(n as u32));
             }),
-            (Ok((file, Some(n), false)), _) => {
+            Ok((file, Some(n), false)) => {
                 reply.written(n as u32);
                 note_written(&engine, &self.behind, &file, offset, n);
             }
-            (Ok((file, None, _)), Some(changes)) => {
+            Ok((file, None, _)) => {
                 // The payload is the request thread's, which goes on to the next request.
                 let (data, behind) = (data.to_vec(), self.behind.clone());
-                changes.run(move || {
+                self.changes.run(move || {
                     let done = writable(&file).and_then(|live| {
                         if cached {
                             return engine.write_back(live, offset, &data, caller);
@@ -363,8 +359,7 @@ impl Filesystem for Adapter {
                     answer!(reply, done, n => reply.written(n as u32));
                 });
             }
-            (Ok((_, None, _)), None) => reply.error(Errno::EIO),
-            (Err(error), _) => reply.error(errno(&error)),
+            Err(error) => reply.error(errno(&error)),
         }
     }
 
