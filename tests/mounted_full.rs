@@ -14,7 +14,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use support::{Mount, Outcome, cowfs_bin, open_the_way, run};
+use support::cut::remove_snapshot;
+use support::model::Random;
+use support::{Mount, Outcome, cowfs_bin, open_the_way, run, seed};
 
 const LIMIT: Duration = Duration::from_secs(240);
 const MIB: usize = 1 << 20;
@@ -290,6 +292,49 @@ fn a_store_elsewhere_may_be_full_by_itself() {
     assert_eq!(retained.count(), 1);
     drop(file);
     mount.umount();
+}
+
+/// A store of many small records on a disk that is quite full: the index wants more room at the next mount than there is. What
+/// makes room goes on all the same (C4, C9).
+#[test]
+fn what_makes_room_goes_on_after_a_mount_on_a_full_disk() {
+    let seed = seed("what_makes_room");
+    for round in 0..3 {
+        let mount = Mount::on_own_disk("small-records", LIMIT, 60);
+        mount.remount_with("on-full=enospc");
+        let mut random = Random::new(seed + round);
+        let mut cuts = 0;
+        for step in 0..1200 {
+            if step % 12 == 0 {
+                cuts += u32::from(fs::create_dir(mount.snapshot_path(format!("s{cuts}"))).is_ok());
+            }
+            let path = |n: usize| mount.mnt.join(n.to_string());
+            let (one, other) = (path(random.below(8)), path(random.below(8)));
+            // What finds no room fails, and what is not there, too.
+            let _ = match random.below(8) {
+                0 => fs::rename(&one, &other),
+                1 => fs::remove_file(&one),
+                2 => fs::hard_link(&one, &other),
+                3 => fs::set_permissions(&one, fs::Permissions::from_mode(0o600)),
+                4 => rustix::fs::setxattr(&one, "user.x", &[step as u8; 2000], XattrFlags::empty())
+                    .map_err(Into::into),
+                _ => {
+                    let length = [8000, 160_000, 480_000, 1_040_000][random.below(4)];
+                    let at = [0, 5000, 100_000, 1_000_000][random.below(4)];
+                    open_rw(&one).write_all_at(&vec![step as u8; length], at)
+                }
+            };
+        }
+        assert!(cuts > 20, "only {cuts} snapshots");
+        mount.remount();
+        for (name, state) in states(&mount) {
+            assert_eq!(state, "ok");
+            remove_snapshot(&mount.snapshot_path(&name)).unwrap();
+        }
+        mount.remount();
+        mount.snapshot_when_there_is_room("after");
+        fs::write(mount.mnt.join("after"), vec![1; MIB]).unwrap();
+    }
 }
 
 /// Who may create snapshots, and who may not.

@@ -316,7 +316,8 @@ impl Engine {
         // So that none that has just been told to be held is given up for room.
         let _under_cut = self.under_cut.lock();
         let epoch = snapshot.info.epoch;
-        let lsn = self.store.update_snapshot(epoch, |info| info.held = held)?;
+        let lsn =
+            self.on_full_disk(|| self.store.update_snapshot(epoch, |info| info.held = held))?;
         self.settle(lsn)?;
         self.snapshots.update(epoch, |info| info.held = held);
         Ok(())
@@ -339,6 +340,14 @@ impl Engine {
         }
     }
 
+    /// Deleting is how space is made, and letting go comes before it: that must not fail for want of space.
+    fn on_full_disk<T>(&self, change: impl Fn() -> Result<T>) -> Result<T> {
+        match change() {
+            Err(error) if error.is_full() && self.store.drop_reserve() => change(),
+            done => done,
+        }
+    }
+
     fn try_delete_snapshot(&self, name: &[u8]) -> Result<()> {
         let snapshot = {
             let _cut = self.cut.lock();
@@ -353,13 +362,7 @@ impl Engine {
             snapshot
         };
         // Not under the lock: a cut does not wait for the journal of a deletion.
-        let mut deleted = self.store.delete_snapshot(snapshot.info.epoch);
-        // Deleting is how space is made, so it must not fail for want of space.
-        if matches!(&deleted, Err(error) if error.errno() == Errno::NOSPC)
-            && self.store.drop_reserve()
-        {
-            deleted = self.store.delete_snapshot(snapshot.info.epoch);
-        }
+        let deleted = self.on_full_disk(|| self.store.delete_snapshot(snapshot.info.epoch));
         let _cut = self.cut.lock();
         if let Err(error) = &deleted {
             let gone = self.store.snapshots().iter().any(|info| {
@@ -393,9 +396,11 @@ impl Engine {
             return Err(Error::SnapshotExists(shown(to)));
         }
         let epoch = snapshot.info.epoch;
-        let lsn = self
-            .store
-            .update_snapshot(epoch, |info| info.name = to.to_vec())?;
+        let rename = || {
+            self.store
+                .update_snapshot(epoch, |info| info.name = to.to_vec())
+        };
+        let lsn = self.on_full_disk(rename)?;
         self.settle(lsn)?;
         self.snapshots.update(epoch, |info| info.name = to.to_vec());
         self.folder_changed();

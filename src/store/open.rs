@@ -17,13 +17,16 @@ use super::types::{SnapshotState, StoreOptions};
 use super::{Opened, Store, checkpoint, room};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Epoch, Lsn};
-use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, RwLock};
+use rustix::io::fcntl_dupfd_cloexec;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// An index without records that takes more than this on disk is made anew.
 const HUSK: u64 = 16 << 20;
+/// The largest index, on disk, that is taken into memory instead on a full disk.
+const MOST_IN_MEMORY: u64 = 256 << 20;
 /// Memory for replayed records before they go to the index.
 const REPLAY_BYTES: usize = 32 << 20;
 
@@ -68,9 +71,37 @@ impl Store {
         options.check()?;
         make_dir(dir)?;
         let (lock, uuid) = identify(dir, !media.list()?.is_empty())?;
-        // The index may want room that only the reserve has; upkeep sets it aside again.
+        // The index may want room that only the reserve has.
         room::drop_reserve_in(dir);
-        Self::open_locked(dir, options, media, lock, uuid)
+        let again = fcntl_dupfd_cloexec(&lock, 0)?;
+        match Self::open_locked(dir, options.clone(), media.clone(), lock, uuid) {
+            Ok(store) if !store.needs_room_of_index() => return Ok(store),
+            Err(error) if !error.is_full() || options.in_memory_index => return Err(error),
+            // Dropped before its index is taken away.
+            opened => drop(opened),
+        }
+        log::warn!(
+            "{}: the disk is full; the index is in memory until it is opened with room again, so that its space serves what makes room",
+            options.known.as_deref().unwrap_or(dir).display()
+        );
+        let in_memory = StoreOptions {
+            in_memory_index: true,
+            ..options
+        };
+        remove_index(dir)?;
+        let store = Self::open_locked(dir, in_memory, media, again, uuid)?;
+        store.keep_reserve();
+        Ok(store)
+    }
+
+    /// Whether nothing could be set aside for a full disk, on which nothing can be removed then: a removal takes some records.
+    /// The space of the index, which only repeats what the journal has (I5), is enough for that.
+    fn needs_room_of_index(&self) -> bool {
+        self.keep_reserve();
+        let size = self.layers.index.allocated();
+        !self.reserved.load(Ordering::Relaxed)
+            && (1..=MOST_IN_MEMORY).contains(&size)
+            && self.damage().is_empty()
     }
 
     /// Opens the store `uuid` whose index is in `dir` and whose journal is `media`.
@@ -155,7 +186,7 @@ fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
     match trusted_index(&path, options, uuid) {
         Ok(found) => Ok(found),
         // Nothing is wrong with the index, which may have what the journal has lost.
-        Err(error) if error.is_lack() => Err(error),
+        Err(error) if error.is_lack() || error.is_full() => Err(error),
         Err(error) => {
             log::warn!("the index cannot be used ({error}) and is being rebuilt from the journal");
             let distrust = Some(error.to_string());
@@ -254,6 +285,12 @@ fn fresh_index(dir: &Path, options: &StoreOptions) -> Result<Found> {
     if options.in_memory_index {
         return Ok(Found::empty(MemoryIndex::default()));
     }
+    let path = remove_index(dir)?;
+    Ok(Found::empty(SledIndex::open(&path)?))
+}
+
+/// Removes the index of the store in `dir`; returns where it was.
+fn remove_index(dir: &Path) -> Result<PathBuf> {
     let path = dir.join("index");
     match std::fs::remove_dir_all(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -262,7 +299,7 @@ fn fresh_index(dir: &Path, options: &StoreOptions) -> Result<Found> {
         _ => {}
     }
     SledIndex::pardon(&path)?;
-    Ok(Found::empty(SledIndex::open(&path)?))
+    Ok(path)
 }
 
 /// How the journal is read.
