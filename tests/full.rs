@@ -453,7 +453,7 @@ fn what_never_fits_costs_no_snapshot() {
     let f = find(&engine, root(&engine), &["f"]).unwrap();
     let set = |n: u32| {
         let name = format!("user.{n}");
-        engine.setxattr(&f, name.as_bytes(), &[7; 4000], 0, false)
+        engine.setxattr(&f, name.as_bytes(), &[7; 4000], 0, None)
     };
     let refused = (0..100).find_map(|n| set(n).err());
     if let Some(error) = refused {

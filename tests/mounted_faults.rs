@@ -5,7 +5,7 @@
 
 mod support;
 
-use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
+use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, XattrFlags};
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::CommandExt;
@@ -145,6 +145,54 @@ fn a_failure_after_a_signal_is_told() {
     let ended = server.wait().unwrap();
     assert_eq!(ended.code(), Some(1), "{ended:?}");
     assert_eq!(mount_type(&mount.mnt), None);
+}
+
+/// xfs punches what it zeroes before it finds out that there is no room. What the kernel has of the file is no more then.
+#[test]
+fn zeroing_that_fails_half_way_is_seen() {
+    let mount = Mount::on_disk_of("zeroing", LIMIT, "xfs", 320);
+    let file = open_rw(&mount.mnt.join("f"));
+    file.write_all_at(&[b'A'; 800_000], 0).unwrap();
+    file.sync_all().unwrap();
+    let filler = open_rw(&mount.backing.with_file_name("filler"));
+    let mut size = 0;
+    for piece in [64 << 20, 4 << 20, 1 << 18, 1 << 16, 4096] {
+        while rustix::fs::fallocate(&filler, FallocateFlags::empty(), size, piece).is_ok() {
+            size += piece;
+        }
+    }
+    let mut seen = vec![0; 800_000];
+    file.read_exact_at(&mut seen, 0).unwrap();
+    let zeroed = rustix::fs::fallocate(&file, FallocateFlags::ZERO_RANGE, 50_000, 3_000_000);
+    assert_eq!(zeroed, Err(rustix::io::Errno::NOSPC));
+    let there = fs::read(mount.backing.join("f")).unwrap();
+    assert!(there.contains(&0), "it has not failed half-way");
+    assert!(fs::read(mount.mnt.join("f")).unwrap() == there);
+    filler.set_len(0).unwrap();
+    let snapshot = mount.snapshot_when_there_is_room("s");
+    assert!(fs::read(snapshot.join("f")).unwrap() == there);
+}
+
+/// What the root directory shows of itself, to the first who asks as well.
+#[test]
+fn the_root_belongs_to_its_owner_and_has_no_hidden_directory() {
+    let mount = Mount::new("owned", LIMIT);
+    mount.umount();
+    std::os::unix::fs::chown(&mount.backing, Some(1001), Some(1001)).unwrap();
+    mount.mount();
+    open_the_way(&mount.mnt);
+    let mut user = Command::new("setpriv");
+    user.args(["--reuid=1001", "--regid=1001", "--clear-groups"]);
+    // Unlike chmod(1) it does not look at it first.
+    user.args(["perl", "-e", "chmod(0711, $ARGV[0]) or die $!"]);
+    run(user.arg(&mount.mnt), LIMIT).success("chmod");
+    let root = fs::metadata(&mount.mnt).unwrap();
+    assert_eq!((root.mode() & 0o777, root.nlink()), (0o711, 2));
+    fs::create_dir(mount.mnt.join("d")).unwrap();
+    assert_eq!(fs::metadata(&mount.mnt).unwrap().nlink(), 3);
+    let snapshot = mount.snapshot("s");
+    fs::create_dir(mount.mnt.join("e")).unwrap();
+    assert_eq!(fs::metadata(snapshot).unwrap().nlink(), 3);
 }
 
 /// A name that cannot be removed costs nothing that lasts.

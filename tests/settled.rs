@@ -285,13 +285,7 @@ fn change(engine: &Engine, rng: &mut SmallRng) -> Result<()> {
             size: Some(rng.random_range(0..20_000)),
             ..SetAttr::default()
         }),
-        9 => engine.setxattr(
-            &object(dir, &name)?,
-            b"user.x",
-            &[rng.random(); 9],
-            0,
-            false,
-        ),
+        9 => engine.setxattr(&object(dir, &name)?, b"user.x", &[rng.random(); 9], 0, None),
         _ => match engine.open_file(&object(dir, &name)?, libc::O_RDWR)? {
             OpenFile::Live(file) if rng.random() => {
                 engine.fallocate(&file, 0, rng.random_range(0..9000), 9000, None)

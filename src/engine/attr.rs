@@ -10,14 +10,15 @@ use super::object::{Member, Object, SET_ID};
 use super::times::with_owed;
 use super::unsettled::can_be_synced;
 use crate::error::{Error, Result};
+use crate::ids::Ino;
 use crate::store::{AttrImage, Timestamp};
 use crate::sync::{Arc, Ordering};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 
-/// The extended attribute in which a file's capabilities are (capabilities(7)).
-const CAPABILITIES: &[u8] = b"security.capability";
+/// The extended attribute in which the kernel keeps the capabilities of a program (capabilities(7)).
+pub const CAPABILITIES: &[u8] = b"security.capability";
 
 /// Attributes of a node, as stat(2) shows them. `image.xattrs` is empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,10 +132,18 @@ impl Engine {
             image.nlink = 0;
         }
         image = with_owed(self.times.owed(object.ino()), image);
+        self.leave_hidden_out(object.ino(), &mut image);
         Attr {
             node: self.nodes.live_id(object.ino()),
             shown: object.ino().0,
             image,
+        }
+    }
+
+    /// `.cowfs` is no subdirectory of the root, where the filesystem counts them as links of it.
+    fn leave_hidden_out(&self, ino: Ino, image: &mut AttrImage) {
+        if ino == self.backing.root_entry().ino && image.nlink > 2 {
+            image.nlink -= 1;
         }
     }
 
@@ -143,7 +152,8 @@ impl Engine {
         if let Some(attr) = self.attr_of_lost(member) {
             return Ok(attr);
         }
-        let image = self.in_snapshot(member.snapshot, |k| self.member_stat(k, member, None))?;
+        let mut image = self.in_snapshot(member.snapshot, |k| self.member_stat(k, member, None))?;
+        self.leave_hidden_out(member.entry.ino, &mut image);
         Ok(Attr {
             node: member.node(),
             shown: member.shown(),
@@ -190,7 +200,7 @@ impl Engine {
             if set.mode.is_some_and(|mode| mode & SET_ID != 0) {
                 object.without_set_id.store(false, Ordering::SeqCst);
             }
-            apply(&self.backing, fd.as_fd(), set)?;
+            apply(&self.backing, fd.as_fd(), set, caller)?;
             if set.mtime.is_some() && self.times.knows(object.ino()) {
                 let time = self.backing.stat(fd.as_fd())?.mtime;
                 self.times.set(object.ino(), time);
@@ -286,15 +296,15 @@ impl Engine {
         self.in_snapshot(member.snapshot, |k| self.member_attr(k, member))
     }
 
-    /// Sets an extended attribute; `flags` are those of setxattr(2). `kill_sgid`: an ACL set by one who is not
-    /// of the file's group clears the set-group-ID bit, as chmod(2) by such a caller does.
+    /// Sets an extended attribute; `flags` are those of setxattr(2). `caller`: one who sets an ACL and lacks `CAP_FSETID`:
+    /// unless of the file's group, that clears the set-group-ID bit, as chmod(2) by such a caller does.
     pub fn setxattr(
         &self,
         node: &Node,
         name: &[u8],
         value: &[u8],
         flags: i32,
-        kill_sgid: bool,
+        caller: Option<Unprivileged>,
     ) -> Result<()> {
         if let Node::Live(object) = node
             && name == CAPABILITIES
@@ -302,7 +312,11 @@ impl Engine {
             object.without_capabilities.store(false, Ordering::SeqCst);
         }
         self.change_xattr(node, |fd| {
-            let _killing = KillPriv::when(kill_sgid);
+            let group = caller.map(|_| self.backing.stat(fd)).transpose()?;
+            // Whatever the mode: for an ACL the filesystem asks for the group in any case (`posix_acl_update_mode`).
+            let _killing = caller
+                .zip(group)
+                .map(|(caller, stat)| KillPriv::of(caller, libc::S_ISGID, &[stat.gid]));
             self.backing.set_xattr(fd, name, value, flags)
         })
     }
@@ -346,8 +360,18 @@ impl Engine {
 
 /// Owner before mode, because a change of owner clears setuid and setgid; times last, because all else
 /// changes them.
-fn apply(backing: &Backing, fd: BorrowedFd<'_>, set: &SetAttr) -> Result<()> {
+fn apply(
+    backing: &Backing,
+    fd: BorrowedFd<'_>,
+    set: &SetAttr,
+    caller: Option<Unprivileged>,
+) -> Result<()> {
     if set.uid.is_some() || set.gid.is_some() {
+        let before = caller.map(|_| backing.stat(fd)).transpose()?;
+        let _killing = caller.zip(before).map(|(caller, before)| {
+            let groups = [before.gid, set.gid.unwrap_or(before.gid)];
+            KillPriv::of(caller, before.mode, &groups)
+        });
         backing.chown(fd, set.uid, set.gid)?;
     }
     if let Some(mode) = set.mode {

@@ -3,8 +3,8 @@
 use crate::sync::LazyLock;
 use crate::sys;
 use rustix::fs::Mode;
-use rustix::process::{getegid, getuid};
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use rustix::process::{Gid, getegid, getuid};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
 use std::cell::Cell;
 
 /// Who asked for an operation, and the umask that goes with it.
@@ -131,38 +131,43 @@ impl Drop for ActingAs {
 /// The calling thread without `CAP_FSETID`, so that the backing filesystem itself clears setuid, setgid and
 /// capabilities on a write or truncation, as it does for an ordinary caller (`FUSE_HANDLE_KILLPRIV_V2`).
 pub struct KillPriv {
-    /// The thread has taken the file's group.
-    member: bool,
+    /// The thread has taken a group, and others besides.
+    ids: bool,
+    groups: bool,
 }
 
 impl KillPriv {
-    /// Drops the capability when `wanted`; it comes back when the value is dropped.
-    pub fn when(wanted: bool) -> Option<Self> {
-        wanted.then(|| {
-            change_effective(|set| set - CapabilitySet::FSETID);
-            Self { member: false }
-        })
-    }
-
-    /// For a change by `caller` to the content of a file of that mode and group. Of a setgid bit without
+    /// For a change by `caller` to a file of that mode, whose group is, or is going to be, one of `groups`. Of a setgid bit without
     /// permission for the group to execute, the backing filesystem asks whether the caller is of the group: if so
     /// it stays (`setattr_should_drop_sgid` of the kernel's fs/attr.c). So the thread takes the group of a caller
-    /// who has it.
-    pub fn of(caller: Unprivileged, mode: u32, group: u32) -> Self {
+    /// who has it, and else the caller's own: root's is no better than another.
+    pub fn of(caller: Unprivileged, mode: u32, groups: &[u32]) -> Self {
         change_effective(|set| set - CapabilitySet::FSETID);
         let asks = mode & (libc::S_ISGID | libc::S_IXGRP) == libc::S_ISGID;
-        let member = asks && is_root() && caller.is_member(group);
-        if member {
-            sys::set_fs_ids(0, group);
+        let ids = asks && is_root();
+        let mut of_caller = Vec::new();
+        if ids {
+            let members = groups.iter().filter(|group| caller.is_member(**group));
+            of_caller.extend(members.map(|group| Gid::from_raw(*group)));
+            of_caller.dedup();
+            let first = of_caller.first().map_or(caller.gid, |gid| gid.as_raw());
+            sys::set_fs_ids(0, first);
         }
-        Self { member }
+        // Where a user namespace forbids it the bit goes, which is the safe side.
+        let groups = of_caller.len() > 1 && set_thread_groups(&of_caller).is_ok();
+        Self { ids, groups }
     }
 }
 
 impl Drop for KillPriv {
     fn drop(&mut self) {
-        if self.member {
+        if self.ids {
             sys::set_fs_ids(0, 0);
+        }
+        if self.groups
+            && let Err(errno) = set_thread_groups(&[])
+        {
+            log::warn!("setgroups: {errno}");
         }
         change_effective(|set| set | CapabilitySet::FSETID);
     }

@@ -287,12 +287,12 @@ impl Engine {
         self.is_open(&file.object, takes)
     }
 
-    /// Whether a file may be mapped shared and writable: it is open for reading and writing.
-    pub fn may_be_mapped(&self, node: &Node) -> bool {
+    /// The same of a file that the caller may not have open.
+    pub fn may_hold_changes(&self, node: &Node, holds_back: bool) -> bool {
+        let takes = |live: &LiveFile| live.mappable || holds_back && live.writable;
         match node {
             Node::Live(object) => {
-                object.opens.load(Ordering::SeqCst) > 0
-                    && self.is_open(object, |live| live.mappable)
+                object.opens.load(Ordering::SeqCst) > 0 && self.is_open(object, takes)
             }
             Node::At(_) | Node::Folder(_) => false,
         }

@@ -1,11 +1,11 @@
 //! Snapshots: the cut, deletion, renaming, and the folder that shows them.
 
-use super::Engine;
 use super::attr::Attr;
 use super::nodes::{Node, NodeId, ObjectRef, ROOT_NODE, folder_node};
 use super::object::{Member, Numbers, Object};
 use super::room::UnderCut;
 use super::view::Snapshot;
+use super::{Engine, Forget};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, is_snapshot_name};
 use crate::store::{AttrImage, SnapshotInfo, SnapshotState, Timestamp};
@@ -437,9 +437,7 @@ impl Engine {
     /// The names of snapshots have changed, and with them the times of the folders.
     pub(super) fn folder_changed(&self) {
         self.snapshots.touch();
-        if let Some(listener) = &*self.listener.read() {
-            listener(folder_node(ROOT_NODE));
-        }
+        self.tell_listener(folder_node(ROOT_NODE), Forget::Attributes);
     }
 
     /// What `name` means in the snapshot folder of `dir`; the kernel is told of it.

@@ -1,10 +1,10 @@
 //! The write path: write, truncate, fallocate, copy. Each keeps what it is about to change, settles, applies.
 
-use super::Engine;
 use super::creds::{KillPriv, Unprivileged};
 use super::handle::{LiveFile, OpenFile};
 use super::keep::{Op, Range};
 use super::object::{Object, SET_ID};
+use super::{Engine, Forget};
 use crate::error::{Error, Result};
 use crate::planted::{self, Bug};
 use crate::sync::Ordering;
@@ -140,11 +140,17 @@ impl Engine {
             (false, false) => Range::new(end.saturating_sub(1), end),
         };
         let wanted = if punches { 0 } else { len };
-        self.change_data(&file.object, file.fd(), &range, wanted, || {
+        let done = self.change_data(&file.object, file.fd(), &range, wanted, || {
             self.for_caller(&file.object, file.fd(), caller, || {
                 self.backing.fallocate(file.fd(), mode, offset, len)
             })
-        })
+        });
+        if done.is_err() && (shifts || clears) {
+            // It may have failed half-way: xfs punches what it zeroes before it allocates anew.
+            let node = self.nodes.live_id(file.object.ino());
+            self.tell_listener(node, Forget::AttributesAndData);
+        }
+        done
     }
 
     /// Copies between two open files of the mount; the source may be in a snapshot. Returns the bytes copied,
@@ -203,12 +209,10 @@ impl Engine {
             return apply();
         }
         let done = {
-            let _killing = KillPriv::of(caller, before.mode, before.gid);
+            let _killing = KillPriv::of(caller, before.mode, &[before.gid]);
             apply()?
         };
-        if let Some(listener) = &*self.listener.read() {
-            listener(self.nodes.live_id(object.ino()));
-        }
+        self.tell_listener(self.nodes.live_id(object.ino()), Forget::Attributes);
         Ok(done)
     }
 

@@ -5,7 +5,7 @@ use super::convert::{errno, file_attr, unprivileged};
 use super::intent::{Before, Intended};
 use super::reply::answer;
 use super::writeback::Kind;
-use crate::engine::attr::{SetAttr, SetTime};
+use crate::engine::attr::{CAPABILITIES, SetAttr, SetTime};
 use crate::engine::handle::OpenFile;
 use crate::engine::inventory::Intent;
 use crate::error::Error;
@@ -51,7 +51,7 @@ impl Adapter {
             && matches!(set.mtime, Some(SetTime::At(_)))
             && node
                 .as_ref()
-                .is_ok_and(|node| self.engine.may_be_mapped(node));
+                .is_ok_and(|node| self.engine.may_hold_changes(node, false));
         let ttl = self.unasked();
         let keeps_much = self.engine.keeps_much(&set);
         let noted = self.gate.clone().filter(|_| times_alone);
@@ -119,22 +119,29 @@ impl Adapter {
             Some(Intent { there: false, .. }) => flags & !libc::XATTR_CREATE,
             _ => flags,
         };
-        self.change(
-            || Kind::Locks(vec![ino.0]),
-            move || {
-                let done = node.and_then(|node| {
-                    let kill = match caller {
-                        Some(caller) if name == ACL_XATTR => {
-                            !caller.is_member(engine.getattr(&node, None)?.image.gid)
-                        }
-                        _ => false,
-                    };
-                    engine.setxattr(&node, name.as_bytes(), &value, flags, kill)
-                });
-                answer!(reply, done, () => reply.ok());
-                drop(intent);
-            },
-        );
+        // Any write takes the capabilities of a program away: also one that was made before they were given.
+        let comes_later = name.as_bytes() == CAPABILITIES
+            && node
+                .as_ref()
+                .is_ok_and(|node| self.engine.may_hold_changes(node, self.gate.is_some()));
+        let change = move || {
+            let caller = caller.filter(|_| name == ACL_XATTR);
+            let done = node
+                .and_then(|node| engine.setxattr(&node, name.as_bytes(), &value, flags, caller));
+            answer!(reply, done, () => reply.ok());
+            drop(intent);
+        };
+        let kind = move || Kind::Locks(vec![ino.0]);
+        if !comes_later {
+            return self.change(kind, change);
+        }
+        let (cleaner, passing) = (self.cleaner.clone(), self.passing());
+        self.cleaning.run(move || {
+            if let Err(error) = cleaner.clean(ino.0) {
+                log::warn!("a file may lose the capabilities that are set: {error}");
+            }
+            passing.pass(kind, change);
+        });
     }
 
     /// Removes an extended attribute.

@@ -3,8 +3,9 @@
 
 use super::convert::{caller, errno, file_attr};
 use super::intent::Before;
+use super::pool::Pool;
 use super::reply::answer;
-use super::writeback::Kind;
+use super::writeback::{Gate, Kind};
 use super::{Adapter, DELETE_PATIENCE, FOREVER, manages};
 use crate::config::Durability;
 use crate::engine::Engine;
@@ -12,6 +13,7 @@ use crate::engine::handle::OpenFile;
 use crate::engine::names::Make;
 use crate::engine::nodes::Node;
 use crate::ids::Ino;
+use crate::sync::Arc;
 use fuser::{
     Errno, FileHandle, FopenFlags, Generation, INodeNo, RenameFlags, ReplyCreate, ReplyEmpty,
     ReplyEntry, Request,
@@ -24,6 +26,29 @@ use std::time::Duration;
 fn must_wait(engine: &Engine, durability: Durability) -> bool {
     let waits = durability == Durability::Strict || engine.is_short_of_space();
     waits && engine.snapshots().count() > 0
+}
+
+/// The way of a change to where it is carried out.
+pub(super) struct Passing {
+    gate: Option<Arc<Gate>>,
+    changes: Arc<Pool>,
+    engine: Arc<Engine>,
+    durability: Durability,
+}
+
+impl Passing {
+    /// As [`Adapter::change`].
+    pub(super) fn pass(self, kind: impl FnOnce() -> Kind, change: impl FnOnce() + Send + 'static) {
+        let gate = self.gate.clone();
+        let go = move || match must_wait(&self.engine, self.durability) {
+            true => self.changes.run(change),
+            false => change(),
+        };
+        match gate {
+            None => go(),
+            Some(gate) => gate.pass(kind, move |_| go()),
+        }
+    }
 }
 
 impl Adapter {
@@ -42,15 +67,20 @@ impl Adapter {
         kind: impl FnOnce() -> Kind,
         change: impl FnOnce() + Send + 'static,
     ) {
-        let Some(gate) = &self.gate else {
-            return self.dispatch(change);
-        };
-        let (changes, engine) = (self.changes.clone(), self.engine.clone());
-        let durability = self.durability;
-        gate.pass(kind, move |_| match must_wait(&engine, durability) {
-            true => changes.run(change),
-            false => change(),
-        });
+        match &self.gate {
+            None => self.dispatch(change),
+            Some(_) => self.passing().pass(kind, change),
+        }
+    }
+
+    /// What [`Self::change`] does, for later.
+    pub(super) fn passing(&self) -> Passing {
+        Passing {
+            gate: self.gate.clone(),
+            changes: self.changes.clone(),
+            engine: self.engine.clone(),
+            durability: self.durability,
+        }
     }
 
     /// The kind of a change for which the kernel locks the objects of these names.

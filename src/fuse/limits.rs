@@ -1,4 +1,4 @@
-//! The limits of resources that the daemon inherits (getrlimit(2)): of whoever mounts, not of those who use the mount.
+//! What the daemon inherits of whoever mounts, and should not have: limits of resources (getrlimit(2)) and groups.
 
 use crate::sync::{Arc, AtomicBool};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -16,6 +16,17 @@ pub fn raise() {
     // With a handler the signal is no death; the flag is nobody's.
     if let Err(error) = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))) {
         log::warn!("files that grow past the limit of the daemon may end it: {error}");
+    }
+}
+
+/// Has root be in no group but its own: of a set-group-ID bit the backing filesystem asks whether who changes the file is of its
+/// group ([`crate::engine::creds::KillPriv`]), and root has powers instead of groups. For this thread and those that it starts.
+pub fn leave_groups() {
+    if rustix::process::geteuid().is_root()
+        && let Err(errno) = rustix::thread::set_thread_groups(&[])
+    {
+        // A user namespace may forbid it (user_namespaces(7)).
+        log::debug!("setgroups: {errno}");
     }
 }
 

@@ -462,7 +462,7 @@ impl World {
                     return Ok(());
                 };
                 let (name, value) = (xattr_name(name), vec![name; len.into()]);
-                self.with(&path, |node| engine.setxattr(node, &name, &value, 0, false))
+                self.with(&path, |node| engine.setxattr(node, &name, &value, 0, None))
                     .map_err(text)?;
                 self.live
                     .objects

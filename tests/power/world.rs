@@ -438,7 +438,7 @@ impl History {
             if sec % 3 == 0 {
                 // Some are too long for the log.
                 let len = if sec % 2 == 0 { 9 } else { 6000 };
-                return engine.setxattr(node, b"user.x", &vec![sec as u8; len], 0, false);
+                return engine.setxattr(node, b"user.x", &vec![sec as u8; len], 0, None);
             }
             let set = SetAttr {
                 mode: (sec % 3 == 1).then_some(0o600 + (sec % 64) as u32),

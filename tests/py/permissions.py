@@ -124,12 +124,48 @@ for mode in (0o2666, 0o6666, 0o6766, 0o2676, 0o6676, 0o6777):
                          ("truncate", lambda d: (os.truncate(d + "/f", 1), mode_alone(d + "/f"))),
                          ("fallocate", lambda d: (fallocate(os.open(d + "/f", os.O_RDWR), 0, 0, 65536), mode_alone(d + "/f")))):
             both("%s of mode %o as %d with groups %r" % (what, mode, who, groups), fn, who, groups=groups, setup=setup)
+# Root's group is no better than another, and the daemon is in it.
+for mode in (0o2666, 0o6666):
+    for what, fn in (("write", rewrite(os.O_RDWR)), ("truncate", lambda d: (os.truncate(d + "/f", 1), mode_alone(d + "/f"))),
+                     ("fallocate", lambda d: (fallocate(os.open(d + "/f", os.O_RDWR), 0, 0, 65536), mode_alone(d + "/f"))),
+                     ("O_TRUNC", lambda d: (os.open(d + "/f", os.O_WRONLY | os.O_TRUNC), mode_alone(d + "/f")))):
+        both("%s of mode %o of root's group" % (what, mode), fn, A, setup=lambda d: touch(d + "/f", mode, 0, 0, "x" * 8192))
+    both("set an ACL on mode %o of root's group" % mode, lambda d: os.setxattr(d + "/f", ACL_ACCESS, acl((1, 7, -1), (4, 7, -1), (32, 7, -1))), A, setup=lambda d: touch(d + "/f", mode, A, 0))
+    # An owner who gives the file another of the owner's groups, and one who does not, in and out of the group that it has.
+    for gid in (A, B, 3000):
+        for to in ((A, -1), (-1, A), (-1, B), (-1, gid)):
+            both("chown of mode %o, group %d, to %r by its owner" % (mode, gid, to), lambda d: (os.chown(d + "/f", *to), mode_alone(d + "/f")), A, groups=(B,), setup=lambda d: touch(d + "/f", mode, A, gid))
 both("chown of a setuid file to another", lambda d: os.chown(d + "/f", B, B), 0, setup=SUID)
 CAP = lambda d: (touch(d + "/f", 0o777, A, A), os.setxattr(d + "/f", "security.capability", NET_RAW))
 for who in (0, A):
     both("write to a file with capabilities as %d" % who, lambda d: open(d + "/f", "r+").write("x"), who, setup=CAP)
     both("write alone to a file with capabilities as %d" % who, lambda d: os.write(os.open(d + "/f", os.O_WRONLY), b"x"), who, setup=CAP)
     both("truncate of a file with capabilities as %d" % who, lambda d: os.truncate(d + "/f", 1), who, setup=CAP)
+
+
+# What was written before they were given does not take them away when it reaches the disk.
+def given_after_write(d):
+    fd = os.open(d + "/f", os.O_RDWR)
+    os.write(fd, b"program" * 10000)
+    os.setxattr(fd, "security.capability", NET_RAW)
+    os.fsync(fd)
+    os.close(fd)
+    return xattrs(d + "/f")
+
+
+def given_after_store(d):
+    fd = os.open(d + "/f", os.O_RDWR)
+    os.ftruncate(fd, 8192)
+    with mmap.mmap(fd, 8192) as m:
+        m[:] = b"y" * 8192
+        os.setxattr(d + "/f", "security.capability", NET_RAW)
+    os.fsync(fd)
+    os.close(fd)
+    return xattrs(d + "/f")
+
+
+both("capabilities after a write", given_after_write, setup=lambda d: touch(d + "/f", 0o755))
+both("capabilities after a store", given_after_store, setup=lambda d: touch(d + "/f", 0o755))
 both("chown of a file with capabilities", lambda d: os.chown(d + "/f", B, B), 0, setup=CAP)
 
 
