@@ -18,7 +18,12 @@ use support::{Mount, cowfs_bin, daemons, mount_type, open_the_way, run};
 const LIMIT: Duration = Duration::from_secs(90);
 
 fn tool(name: &str, args: &[&str], path: &Path) {
-    run(Command::new(name).args(args).arg(path), LIMIT).success(name);
+    let program = if name == "cowfs" {
+        cowfs_bin()
+    } else {
+        name.into()
+    };
+    run(Command::new(program).args(args).arg(path), LIMIT).success(name);
 }
 
 fn open_rw(path: &Path) -> File {
@@ -179,8 +184,14 @@ fn the_root_belongs_to_its_owner_and_has_no_hidden_directory() {
     let mount = Mount::new("owned", LIMIT);
     mount.umount();
     std::os::unix::fs::chown(&mount.backing, Some(1001), Some(1001)).unwrap();
-    mount.mount();
+    open_the_way(&mount.backing);
     open_the_way(&mount.mnt);
+    // Nobody has looked at it yet.
+    tool(
+        "cowfs",
+        &["mount", mount.backing.to_str().unwrap()],
+        &mount.mnt,
+    );
     let mut user = Command::new("setpriv");
     user.args(["--reuid=1001", "--regid=1001", "--clear-groups"]);
     // Unlike chmod(1) it does not look at it first.
