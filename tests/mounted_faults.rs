@@ -181,7 +181,7 @@ fn zeroing_that_fails_half_way_is_seen() {
 /// What the root directory shows of itself, to the first who asks as well.
 #[test]
 fn the_root_belongs_to_its_owner_and_has_no_hidden_directory() {
-    let mount = Mount::new("owned", LIMIT);
+    let mount = Mount::on_own_disk("owned", LIMIT, 200);
     mount.umount();
     std::os::unix::fs::chown(&mount.backing, Some(1001), Some(1001)).unwrap();
     open_the_way(&mount.backing);

@@ -506,7 +506,9 @@ fn the_number_of_a_written_file_goes_to_something_else() {
 /// The kernel takes no answer for a part of what it held back: the rest would be lost without an error.
 #[test]
 fn what_is_written_back_in_part_has_failed() {
-    let mount = writeback("part");
+    let mount = Mount::on_own_disk("part", LIMIT, 600);
+    mount.remount_with(OPTION);
+    assert_eq!(mount.cache(), "writeback", "{}", mount.log());
     let beneath = fs::File::create(mount.backing.join("f")).unwrap();
     let (mut fits, mut too_large) = (0, i64::MAX as u64);
     while fits + 1 < too_large {

@@ -10,13 +10,13 @@ use super::daemon::{self, Launch};
 use crate::config::MountConfig;
 use crate::error::{Error, Result};
 use crate::fuse::{Ended, HOLD, HOLD_WRITEBACK, Kept};
-use crate::sync::{Arc, AtomicBool, AtomicU32, Ordering};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
 use crate::sys;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use std::ffi::OsString;
@@ -156,19 +156,18 @@ impl Keeper<'_> {
         loop {
             let started = Instant::now();
             let (mut child, socket) = self.start_server()?;
-            ward.watch(&child);
+            ward.watch(&child)?;
             let news = self.listen(&socket, &ready);
             let status = child
                 .wait()
                 .map_err(|e| Error::io("cannot wait for", "the server", &e))?;
-            ward.forget();
             news?;
             if ward.stopping() && !status.success() {
                 // Told to stop before it could listen: what it had mounted goes all the same.
                 self.begin_anew();
-                return match status.code() {
-                    Some(FAILED) => ended(status),
-                    _ => Ok(()),
+                return match status.signal() {
+                    Some(SIGTERM | SIGINT | SIGHUP) => Ok(()),
+                    _ => ended(status),
                 };
             }
             if !is_crash(status) {
@@ -336,7 +335,8 @@ fn ended(status: ExitStatus) -> std::result::Result<(), Failure> {
 
 /// Hands the signals that end a mount on to the server.
 struct Ward {
-    child: Arc<AtomicU32>,
+    /// The server, as a descriptor: its number may be somebody else's once it has ended.
+    child: Arc<Mutex<Option<OwnedFd>>>,
     stop: Arc<AtomicBool>,
     signals: Handle,
     thread: JoinHandle<()>,
@@ -346,17 +346,15 @@ impl Ward {
     fn start() -> Result<Self> {
         let failed = |e: std::io::Error| Error::io("cannot listen for signals", "the keeper", &e);
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
-        let (child, stop) = (
-            Arc::new(AtomicU32::new(0)),
-            Arc::new(AtomicBool::new(false)),
-        );
+        let child = Arc::new(Mutex::new(None));
+        let stop = Arc::new(AtomicBool::new(false));
         let (whom, flag, handle) = (child.clone(), stop.clone(), signals.handle());
         let thread = std::thread::Builder::new()
             .name("cowfs-ward".into())
             .spawn(move || {
                 for _ in signals.forever() {
                     flag.store(true, Ordering::SeqCst);
-                    terminate(whom.load(Ordering::SeqCst));
+                    terminate(&whom);
                 }
             })
             .map_err(failed)?;
@@ -369,15 +367,13 @@ impl Ward {
     }
 
     /// From now on signals are for `child`; one that came before is handed on now.
-    fn watch(&self, child: &Child) {
-        self.child.store(child.id(), Ordering::SeqCst);
+    fn watch(&self, child: &Child) -> Result<()> {
+        let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+        *self.child.lock() = Some(process);
         if self.stopping() {
-            terminate(child.id());
+            terminate(&self.child);
         }
-    }
-
-    fn forget(&self) {
-        self.child.store(0, Ordering::SeqCst);
+        Ok(())
     }
 
     fn stopping(&self) -> bool {
@@ -392,10 +388,9 @@ impl Ward {
     }
 }
 
-fn terminate(pid: u32) {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    if let Some(pid) = pid
-        && let Err(errno) = kill_process(pid, Signal::TERM)
+fn terminate(child: &Mutex<Option<OwnedFd>>) {
+    if let Some(process) = &*child.lock()
+        && let Err(errno) = pidfd_send_signal(process, Signal::TERM)
         && errno != Errno::SRCH
     {
         log::warn!("cannot signal the server: {errno}");

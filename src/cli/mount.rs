@@ -166,7 +166,20 @@ pub(super) fn run(args: &Args) -> std::result::Result<(), Failure> {
     match (args.daemon, args.foreground) {
         (true, _) => daemon::report(|ready| keep(&config?, args, ready)),
         (false, true) => keep(&config?, args, || Ok(())),
-        (false, false) => daemon::spawn(&launch(&config?, args)),
+        (false, false) => {
+            let config = config?;
+            daemon::spawn(&launch(&config, args))?;
+            look_at(&config.mountpoint);
+            Ok(())
+        }
+    }
+}
+
+/// Until it has asked for the attributes of the root, the kernel takes it for root's own (`fuse_get_root_inode` of
+/// fs/fuse/inode.c), and refuses its owner a chmod(2). Not by the daemon: a process that waits for itself cannot be killed.
+fn look_at(mountpoint: &Path) {
+    if let Err(errno) = rustix::fs::stat(mountpoint) {
+        log::debug!("{}: {errno}", mountpoint.display());
     }
 }
 
@@ -391,7 +404,8 @@ fn check_source(path: &Path) -> Result<PathBuf> {
         .filter(|mount| mount.is_cowfs() && mount.source == source)
     {
         // A mount that is dead holds nothing; one that hangs may.
-        if !matches!(control::status_in_time(&mount.mountpoint), Some(Err(_))) {
+        let dead = || rustix::fs::stat(&mount.mountpoint).err() == Some(Errno::NOTCONN);
+        if !matches!(control::status_in_time(&mount.mountpoint), Some(Err(_)) if dead()) {
             return Err(refuse(&format!(
                 "it is mounted by cowfs already, at {}; two mounts of one directory would spoil its snapshots; unmount it there first (cowfs umount)",
                 mount.mountpoint.display()

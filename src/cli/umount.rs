@@ -4,8 +4,11 @@ use crate::config::CacheMode;
 use crate::control::{self, SnapshotMount, Status};
 use crate::error::{Error, Result};
 use crate::mounts::{self, MountEntry};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -116,7 +119,7 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let now = same_filesystem(&mount)?;
     let elsewhere = now.iter().any(|at| others.contains(at));
     match daemon {
-        Some(daemon) if !elsewhere => wait_for(daemon, &mount),
+        Some(daemon) if !elsewhere => wait_for(&daemon, &mount),
         _ => Ok(()),
     }
 }
@@ -173,33 +176,30 @@ fn same_filesystem(mount: &MountEntry) -> Result<Vec<PathBuf>> {
     Ok(same.map(|other| other.mountpoint).collect())
 }
 
-/// A process, safe against the reuse of its id.
-#[derive(Clone, Copy)]
+/// A process, which its descriptor means also when it has ended (pidfd_open(2)).
 struct Process {
     pid: u32,
-    started: u64,
+    fd: OwnedFd,
 }
 
 impl Process {
+    /// `None`: it has ended.
     fn find(pid: u32) -> Option<Self> {
-        let started = Self::started(pid)?;
-        Some(Self { pid, started })
+        let id = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+        let fd = pidfd_open(id, PidfdFlags::empty()).ok()?;
+        Some(Self { pid, fd })
     }
 
-    fn runs(self) -> bool {
-        Self::started(self.pid) == Some(self.started)
-    }
-
-    /// When it was started, in ticks since boot; nothing for one that has ended, reaped or not.
-    fn started(pid: u32) -> Option<u64> {
-        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-        // The name in parentheses may hold anything; the fields after the last one are plain.
-        let after = stat.iter().rposition(|&byte| byte == b')')? + 2;
-        let fields = String::from_utf8_lossy(stat.get(after..)?).into_owned();
-        let mut fields = fields.split(' ');
-        match fields.next()? {
-            "Z" | "X" | "x" => None,
-            _ => fields.nth(18)?.parse().ok(),
+    /// Waits until it has ended, reaped or not. False if that is not before `deadline`.
+    fn ends_before(&self, deadline: Instant) -> Result<bool> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).unwrap_or_default();
+            let mut ended = [PollFd::new(&self.fd, PollFlags::IN)];
+            match poll(&mut ended, Some(&left)) {
+                Err(Errno::INTR) => {}
+                events => return Ok(events? > 0),
+            }
         }
     }
 }
@@ -318,23 +318,19 @@ fn detach_by_helper(place: &Path, lazy: bool) -> Result<(), Busy> {
     }
 }
 
-fn wait_for(daemon: Process, mount: &MountEntry) -> Result<()> {
-    let deadline = Instant::now() + FINISH;
-    while daemon.runs() {
-        if Instant::now() >= deadline {
-            return Err(Error::MountPoint {
-                path: mount.mountpoint.clone(),
-                why: unfinished(daemon, mount),
-            });
-        }
-        std::thread::sleep(Duration::from_millis(5));
+fn wait_for(daemon: &Process, mount: &MountEntry) -> Result<()> {
+    match daemon.ends_before(Instant::now() + FINISH)? {
+        true => Ok(()),
+        false => Err(Error::MountPoint {
+            path: mount.mountpoint.clone(),
+            why: unfinished(daemon.pid, mount),
+        }),
     }
-    Ok(())
 }
 
 /// Why a daemon goes on after its mount was taken away.
-fn unfinished(daemon: Process, mount: &MountEntry) -> String {
-    let (pid, time) = (daemon.pid, FINISH.as_secs());
+fn unfinished(pid: u32, mount: &MountEntry) -> String {
+    let time = FINISH.as_secs();
     match mounts::who_sees(&mount.device) {
         Some(other) => format!(
             "unmounted here, but another mount namespace has it still, that of process {other}, so that its daemon \
@@ -353,11 +349,16 @@ mod tests {
 
     #[test]
     fn this_process_runs_and_an_ended_child_does_not() {
-        assert!(Process::find(std::process::id()).unwrap().runs());
+        let own = Process::find(std::process::id()).unwrap();
+        assert!(!own.ends_before(Instant::now()).unwrap());
         let mut child = Command::new("true").spawn().unwrap();
-        let process = Process::find(child.id());
+        // Not reaped, it has a descriptor also when it has ended.
+        let process = Process::find(child.id()).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        assert!(process.ends_before(deadline).unwrap());
         child.wait().unwrap();
-        assert!(process.is_none_or(|process| !process.runs()));
+        assert!(process.ends_before(Instant::now()).unwrap());
+        assert!(Process::find(0).is_none());
     }
 
     #[test]

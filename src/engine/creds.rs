@@ -131,8 +131,9 @@ impl Drop for ActingAs {
 /// The calling thread without `CAP_FSETID`, so that the backing filesystem itself clears setuid, setgid and
 /// capabilities on a write or truncation, as it does for an ordinary caller (`FUSE_HANDLE_KILLPRIV_V2`).
 pub struct KillPriv {
-    /// The thread has taken a group, and others besides.
+    /// The thread has taken another group.
     ids: bool,
+    /// It has taken supplementary groups.
     groups: bool,
 }
 

@@ -86,17 +86,8 @@ pub struct EngineOptions {
 /// Gets what processes have written through shared mappings of the given nodes from the kernel to the engine,
 /// before a cut.
 pub type Flusher = Box<dyn Fn(&[NodeId]) -> Result<()> + Send + Sync>;
-/// What the kernel has to forget of a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Forget {
-    /// Its attributes.
-    Attributes,
-    /// The bytes of a file as well.
-    AttributesAndData,
-}
-
-/// Told of a node that an operation has changed which is not expected to change it.
-pub type Listener = Box<dyn Fn(NodeId, Forget) + Send + Sync>;
+/// Told of a node whose attributes have changed in an operation that is not expected to change them.
+pub type Listener = Box<dyn Fn(NodeId) + Send + Sync>;
 
 /// A mounted tree: live operations, snapshots, and the store behind them.
 ///
@@ -273,14 +264,15 @@ impl Engine {
         *self.barrier.write() = barrier;
     }
 
-    /// Installs what is told of a node that an operation has changed which is not expected to change it; `None` drops it.
+    /// Installs what is told of a node whose attributes have changed in an operation that is not expected to change them;
+    /// `None` drops it.
     pub fn set_listener(&self, listener: Option<Listener>) {
         *self.listener.write() = listener;
     }
 
-    fn tell_listener(&self, node: NodeId, what: Forget) {
+    fn tell_listener(&self, node: NodeId) {
         if let Some(listener) = &*self.listener.read() {
-            listener(node, what);
+            listener(node);
         }
     }
 

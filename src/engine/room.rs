@@ -12,7 +12,7 @@ use crate::config::{OnFull, SpacePolicy};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Ino};
 use crate::store::{SnapshotState, Space};
-use crate::sync::{Arc, AtomicBool, AtomicI64, AtomicU64, Mutex, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Mutex, Ordering};
 use rustix::fs::StatVfs;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -96,6 +96,8 @@ pub struct Room {
     left: AtomicI64,
     /// Changes have had to wait for space on the disk, and there has not been much since.
     short: AtomicBool,
+    /// So many wait now.
+    waiting: AtomicUsize,
     /// Bytes of each retained file, as they were counted: one that is still open may have others when it goes.
     retained: Mutex<HashMap<Ino, u64>>,
     /// Their sum.
@@ -113,6 +115,7 @@ impl Room {
             policy,
             left: AtomicI64::new(i64::MAX),
             short: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
             retained: Mutex::default(),
             retained_bytes: AtomicU64::new(0),
             told: Mutex::default(),
@@ -180,7 +183,7 @@ impl Room {
         let short = by_disk < margin
             || by_limit.is_some_and(|left| left < self.policy.limit.unwrap_or(0) / LIMIT_PART);
         if by_disk >= margin {
-            self.short.store(false, Ordering::Relaxed);
+            self.short.store(false, Ordering::SeqCst);
         }
         let all = used + left;
         let level = match () {
@@ -273,7 +276,7 @@ impl Engine {
     /// Whether changes may have to wait for space, which what is given up for them frees.
     #[must_use]
     pub fn is_short_of_space(&self) -> bool {
-        self.room.short.load(Ordering::Relaxed)
+        self.room.short.load(Ordering::SeqCst) || self.room.waiting.load(Ordering::SeqCst) > 0
     }
 
     pub(super) fn gives_way(&self) -> bool {
@@ -437,11 +440,14 @@ impl Engine {
             return false;
         }
         patience.tried_again = false;
-        self.room.short.store(true, Ordering::Relaxed);
+        self.room.waiting.fetch_add(1, Ordering::SeqCst);
+        self.room.short.store(true, Ordering::SeqCst);
         if waiting {
             std::thread::sleep(RETRY);
         }
-        self.upkeep.finish_round(RECLAIM_PATIENCE) || self.upkeep().is_ok()
+        let done = self.upkeep.finish_round(RECLAIM_PATIENCE) || self.upkeep().is_ok();
+        self.room.waiting.fetch_sub(1, Ordering::SeqCst);
+        done
     }
 
     /// Whether the filesystem of the directory has no inode left, and snapshots have some.

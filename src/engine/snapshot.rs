@@ -1,11 +1,11 @@
 //! Snapshots: the cut, deletion, renaming, and the folder that shows them.
 
+use super::Engine;
 use super::attr::Attr;
 use super::nodes::{Node, NodeId, ObjectRef, ROOT_NODE, folder_node};
 use super::object::{Member, Numbers, Object};
 use super::room::UnderCut;
 use super::view::Snapshot;
-use super::{Engine, Forget};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, is_snapshot_name};
 use crate::store::{AttrImage, SnapshotInfo, SnapshotState, Timestamp};
@@ -316,8 +316,11 @@ impl Engine {
         // So that none that has just been told to be held is given up for room.
         let _under_cut = self.under_cut.lock();
         let epoch = snapshot.info.epoch;
-        let lsn =
-            self.on_full_disk(|| self.store.update_snapshot(epoch, |info| info.held = held))?;
+        let update = || self.store.update_snapshot(epoch, |info| info.held = held);
+        let lsn = match held {
+            true => update()?,
+            false => self.on_full_disk(update)?,
+        };
         self.settle(lsn)?;
         self.snapshots.update(epoch, |info| info.held = held);
         Ok(())
@@ -396,11 +399,9 @@ impl Engine {
             return Err(Error::SnapshotExists(shown(to)));
         }
         let epoch = snapshot.info.epoch;
-        let rename = || {
-            self.store
-                .update_snapshot(epoch, |info| info.name = to.to_vec())
-        };
-        let lsn = self.on_full_disk(rename)?;
+        let lsn = self
+            .store
+            .update_snapshot(epoch, |info| info.name = to.to_vec())?;
         self.settle(lsn)?;
         self.snapshots.update(epoch, |info| info.name = to.to_vec());
         self.folder_changed();
@@ -437,7 +438,7 @@ impl Engine {
     /// The names of snapshots have changed, and with them the times of the folders.
     pub(super) fn folder_changed(&self) {
         self.snapshots.touch();
-        self.tell_listener(folder_node(ROOT_NODE), Forget::Attributes);
+        self.tell_listener(folder_node(ROOT_NODE));
     }
 
     /// What `name` means in the snapshot folder of `dir`; the kernel is told of it.

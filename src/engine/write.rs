@@ -1,10 +1,10 @@
 //! The write path: write, truncate, fallocate, copy. Each keeps what it is about to change, settles, applies.
 
+use super::Engine;
 use super::creds::{KillPriv, Unprivileged};
 use super::handle::{LiveFile, OpenFile};
 use super::keep::{Op, Range};
 use super::object::{Object, SET_ID};
-use super::{Engine, Forget};
 use crate::error::{Error, Result};
 use crate::planted::{self, Bug};
 use crate::sync::Ordering;
@@ -26,12 +26,7 @@ impl Engine {
         data: &[u8],
         caller: Option<Unprivileged>,
     ) -> Result<usize> {
-        self.with_room(data.len() as u64, || {
-            let (op, range) = self.begin_write(file, offset, data)?;
-            self.finish_data(op, &file.object, file.fd(), &range, || {
-                self.put(file, offset, data, caller)
-            })
-        })
+        self.write_as(file, offset, data, caller, false)
     }
 
     /// As [`Self::write`], for what the kernel has held back: all of `data`, or an error. It takes no answer for a part
@@ -43,21 +38,34 @@ impl Engine {
         data: &[u8],
         caller: Option<Unprivileged>,
     ) -> Result<usize> {
-        let mut done = 0;
-        while done < data.len() {
-            done += self.write(file, offset + done as u64, &data[done..], caller)?;
-        }
-        Ok(done)
+        self.write_as(file, offset, data, caller, true)
     }
 
-    /// As [`Self::write`], but `None` where that would have to wait, for the journal (strict durability) or for what is given
-    /// up on a full disk: nothing is changed, and [`Self::write`] will go on from there.
+    fn write_as(
+        &self,
+        file: &LiveFile,
+        offset: u64,
+        data: &[u8],
+        caller: Option<Unprivileged>,
+        all: bool,
+    ) -> Result<usize> {
+        self.with_room(data.len() as u64, || {
+            let (op, range) = self.begin_write(file, offset, data)?;
+            self.finish_data(op, &file.object, file.fd(), &range, || {
+                self.put(file, offset, data, caller, all)
+            })
+        })
+    }
+
+    /// As [`Self::write`], or [`Self::write_back`] for `all`, but `None` where that would have to wait, for the journal
+    /// (strict durability) or for what is given up on a full disk; the same write, done over, will go on from there.
     pub fn try_write(
         &self,
         file: &LiveFile,
         offset: u64,
         data: &[u8],
         caller: Option<Unprivileged>,
+        all: bool,
     ) -> Result<Option<usize>> {
         let write = || {
             let (mut op, range) = self.begin_write(file, offset, data)?;
@@ -66,7 +74,7 @@ impl Engine {
                 return Ok(None);
             }
             op.settle()?;
-            self.put(file, offset, data, caller).map(Some) // I1
+            self.put(file, offset, data, caller, all).map(Some) // I1
         };
         match write() {
             Err(error) if error.is_full() && self.gives_way() => Ok(None),
@@ -91,9 +99,15 @@ impl Engine {
         offset: u64,
         data: &[u8],
         caller: Option<Unprivileged>,
+        all: bool,
     ) -> Result<usize> {
         self.for_caller(&file.object, file.fd(), caller, || {
-            self.backing.write(file.fd(), offset, data)
+            let mut done = self.backing.write(file.fd(), offset, data)?;
+            while all && done < data.len() {
+                let at = offset + done as u64;
+                done += self.backing.write(file.fd(), at, &data[done..])?;
+            }
+            Ok(done)
         })
     }
 
@@ -140,17 +154,11 @@ impl Engine {
             (false, false) => Range::new(end.saturating_sub(1), end),
         };
         let wanted = if punches { 0 } else { len };
-        let done = self.change_data(&file.object, file.fd(), &range, wanted, || {
+        self.change_data(&file.object, file.fd(), &range, wanted, || {
             self.for_caller(&file.object, file.fd(), caller, || {
                 self.backing.fallocate(file.fd(), mode, offset, len)
             })
-        });
-        if done.is_err() && (shifts || clears) {
-            // It may have failed half-way: xfs punches what it zeroes before it allocates anew.
-            let node = self.nodes.live_id(file.object.ino());
-            self.tell_listener(node, Forget::AttributesAndData);
-        }
-        done
+        })
     }
 
     /// Copies between two open files of the mount; the source may be in a snapshot. Returns the bytes copied,
@@ -212,7 +220,7 @@ impl Engine {
             let _killing = KillPriv::of(caller, before.mode, &[before.gid]);
             apply()?
         };
-        self.tell_listener(self.nodes.live_id(object.ino()), Forget::Attributes);
+        self.tell_listener(self.nodes.live_id(object.ino()));
         Ok(done)
     }
 

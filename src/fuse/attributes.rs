@@ -96,7 +96,7 @@ impl Adapter {
         }
     }
 
-    /// Sets an extended attribute. `kill` is for an ACL, whose setting may cost the file its setgid bit.
+    /// Sets an extended attribute. That of an ACL may cost the file its setgid bit.
     pub(super) fn set_attribute(
         &self,
         req: &Request,

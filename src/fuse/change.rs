@@ -61,6 +61,14 @@ impl Adapter {
         }
     }
 
+    /// As [`Self::dispatch`], for what a cut may wait for: not behind those who wait for space.
+    pub(super) fn dispatch_for_cut(&self, change: impl FnOnce() + Send + 'static) {
+        match self.durability {
+            Durability::Strict => self.dispatch(change),
+            Durability::Ordered => change(),
+        }
+    }
+
     /// Runs such a change, which is of this kind, when a cut allows it.
     pub(super) fn change(
         &self,

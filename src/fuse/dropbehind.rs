@@ -10,6 +10,7 @@
 
 use super::flush::{FlushHelper, Order};
 use crate::engine::handle::{MemberFile, OpenFile};
+use crate::engine::nodes::NodeId;
 use crate::sync::channel::{Receiver, Sender, bounded};
 use crate::sync::{Arc, OnceLock};
 use rustix::fs::makedev;
@@ -25,10 +26,10 @@ const WAITING: usize = 64;
 /// Opening files by handle on a mount that is apart takes these (open_by_handle_at(2), open_tree(2)).
 const NEEDED: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(CapabilitySet::SYS_ADMIN);
 
-/// A range of a file in the words of [`Order::Forget`].
-type Dropped = [u64; 4];
+/// A range of a file in the words of [`Order::Forget`], and whom to tell when it is dropped.
+type Dropped = ([u64; 4], Option<Sender<()>>);
 
-/// How long the helper has to end.
+/// How long the helper has to end, or to drop what somebody waits for.
 const ENDING: Duration = Duration::from_secs(1);
 
 /// Drops from the caches of all mounts of a server.
@@ -71,9 +72,13 @@ impl Dropper {
 }
 
 fn drop_each(helper: &FlushHelper, ranges: &Receiver<Option<Dropped>>) {
-    for range in ranges.iter().map_while(|range| range) {
+    for (range, waits) in ranges.iter().map_while(|range| range) {
         if let Err(error) = helper.ask(Order::Forget, &range) {
             return log::info!("what was read of snapshots stays in the cache: {error}");
+        }
+        if let Some(waits) = waits {
+            // It may have given up.
+            let _ = waits.send(());
         }
     }
 }
@@ -128,7 +133,19 @@ impl DropBehind {
         if let (Some(dropper), Some(device)) = (&self.dropper, self.device.get()) {
             let range = [*device, file.member.node(), start, end - start];
             // Nobody waits for this.
-            let _ = dropper.ranges.try_send(Some(range));
+            let _ = dropper.ranges.try_send(Some((range, None)));
+        }
+    }
+
+    /// Drops all of a file that nobody has changed or mapped, and returns when that is done, or cannot be done in time.
+    pub(super) fn drop_file(&self, node: NodeId) {
+        if let (Some(dropper), Some(device)) = (&self.dropper, self.device.get()) {
+            let (waits, done) = bounded(1);
+            let end = Instant::now() + ENDING;
+            let sent = Some(([*device, node, 0, 0], Some(waits)));
+            if dropper.ranges.send_deadline(sent, end).is_ok() {
+                let _ = done.recv_deadline(end);
+            }
         }
     }
 }

@@ -20,12 +20,15 @@ pub fn raise() {
 }
 
 /// Has root be in no group but its own: of a set-group-ID bit the backing filesystem asks whether who changes the file is of its
-/// group ([`crate::engine::creds::KillPriv`]), and root has powers instead of groups. For this thread and those that it starts.
+/// group ([`crate::engine::creds::KillPriv`]), and root has powers instead of groups. Root of a user namespace may need them,
+/// for files whose owners have no number there (user_namespaces(7)). For this thread and those that it starts.
 pub fn leave_groups() {
-    if rustix::process::geteuid().is_root()
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let everybody = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    if everybody
+        && rustix::process::geteuid().is_root()
         && let Err(errno) = rustix::thread::set_thread_groups(&[])
     {
-        // A user namespace may forbid it (user_namespaces(7)).
         log::debug!("setgroups: {errno}");
     }
 }

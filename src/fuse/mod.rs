@@ -74,8 +74,10 @@ struct Adapter {
     /// The snapshots that are mounted by themselves.
     snapshots: Arc<SnapshotMounts>,
     blocking: Arc<Pool>,
-    /// Changes that wait for the journal, or for space.
+    /// Changes that wait for the journal, and on a full disk others.
     changes: Arc<Pool>,
+    /// Writes that wait for space: what makes room does not queue behind them.
+    full: Arc<Pool>,
     durability: Durability,
     /// Deletions of snapshots, which may wait for a file to be closed.
     deletions: Pool,
@@ -87,7 +89,7 @@ struct Adapter {
     resent: Resent,
     /// The processes that flush what the kernel holds back: their opens and syncs concern its pages alone.
     helpers: Vec<Arc<Numbers>>,
-    /// Writes back what a question about holes concerns, or a time that somebody sets, in the middle of a cut too.
+    /// Writes back what a question about holes concerns, or times or capabilities that somebody sets, in the middle of a cut too.
     cleaner: Arc<FlushHelper>,
     /// What waits for it, and nothing else: a cut's own writing back may wait for what `blocking` has to do.
     cleaning: Pool,
@@ -113,6 +115,7 @@ impl Adapter {
                 Durability::Strict => Pool::new("change", CHANGE_THREADS)?,
                 Durability::Ordered => Pool::new("change", BLOCKING_THREADS)?,
             }),
+            full: Arc::new(Pool::new("full", BLOCKING_THREADS)?),
             durability: snapshots.config.durability,
             snapshots,
             blocking: Arc::new(Pool::new("blocking", BLOCKING_THREADS)?),
@@ -172,7 +175,7 @@ impl Adapter {
     ) {
         gate.advance();
         let (engine, gate, ttl) = (self.engine.clone(), gate.clone(), self.unasked());
-        self.dispatch(move || {
+        self.dispatch_for_cut(move || {
             let taken = requests::writable(&file).and_then(|live| {
                 let attr = engine.take_kernel_time(live, mtime, ctime)?;
                 gate.note_change(attr.node);
@@ -187,7 +190,7 @@ impl Adapter {
     fn release_file(&self, fh: FileHandle, reply: ReplyEmpty) {
         let reader = self.reader.clone();
         match self.gate.as_ref().and_then(|_| reader.file(fh).ok()) {
-            Some(file) if self.engine.keeps_time(&file) => self.dispatch(move || {
+            Some(file) if self.engine.keeps_time(&file) => self.dispatch_for_cut(move || {
                 reader.engine.settle_time(&file);
                 drop(file);
                 reader.release(fh, reply);

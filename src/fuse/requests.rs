@@ -5,6 +5,7 @@ use super::read::Reader;
 use super::reply::{answer, reply_absent, reply_xattr};
 use super::writeback::Kind;
 use super::{Adapter, FOREVER, HELPER_HANDLE, flush, manages, note_written, status};
+use crate::config::Durability;
 use crate::engine::attr::SetAttr;
 use crate::engine::creds::Unprivileged;
 use crate::engine::handle::{LiveFile, OpenFile};
@@ -316,9 +317,7 @@ impl Filesystem for Adapter {
         let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let written = self.reader.file(fh).and_then(|file| {
             let live = writable(&file)?;
-            let n = self.engine.try_write(live, offset, data, caller)?;
-            // The rest of what the kernel has held back has to be written as well.
-            let n = n.filter(|n| !cached || *n == data.len());
+            let n = self.engine.try_write(live, offset, data, caller, cached)?;
             let syncs = live.sync_each_write.is_some() && !cached;
             Ok((file, n, syncs))
         });
@@ -340,7 +339,11 @@ impl Filesystem for Adapter {
             Ok((file, None, _)) => {
                 // The payload is the request thread's, which goes on to the next request.
                 let (data, behind) = (data.to_vec(), self.behind.clone());
-                self.changes.run(move || {
+                let pool = match self.durability {
+                    Durability::Strict => &self.changes,
+                    Durability::Ordered => &self.full,
+                };
+                pool.run(move || {
                     let done = writable(&file).and_then(|live| {
                         if cached {
                             return engine.write_back(live, offset, &data, caller);
@@ -539,9 +542,14 @@ impl Filesystem for Adapter {
     ) {
         let _turn = self.reader.crew.turn();
         let (engine, file, caller) = (self.engine.clone(), self.reader.file(fh), unprivileged(req));
+        let reader = self.reader.clone();
         let change = move || {
             let done = file
                 .and_then(|file| engine.fallocate(writable(&file)?, mode, offset, length, caller));
+            // It may have failed half-way: xfs punches what it zeroes before it allocates anew.
+            if done.as_ref().is_err_and(Error::is_full) {
+                reader.dropbehind.drop_file(ino.0);
+            }
             answer!(reply, done, () => reply.ok());
         };
         match &self.gate {

@@ -12,7 +12,7 @@ use super::writeback::Gate;
 use super::{Adapter, BLOCKING_THREADS, REQUEST_THREADS};
 use crate::config::{CacheMode, MountConfig};
 use crate::engine::nodes::{ROOT_NODE, folder_node};
-use crate::engine::{Engine, EngineOptions, Forget, Reach};
+use crate::engine::{Engine, EngineOptions, Reach};
 use crate::error::{Error, Result};
 use crate::sync::Arc;
 use fuser::{Config, INodeNo, Session, SessionACL};
@@ -155,18 +155,14 @@ impl Server {
         if let Some(gate) = gate {
             gate.set_notifier(notifier.clone());
         }
-        let forget = move |node, what| {
-            let from = match what {
-                // A negative offset: no pages.
-                Forget::Attributes => -1,
-                Forget::AttributesAndData => 0,
-            };
-            if let Err(error) = notifier.inval_inode(INodeNo(node), from, 0) {
-                log::warn!("cannot have the kernel forget what it knows of {node}: {error}");
+        let forget = move |node| {
+            // A negative offset: the attributes alone, no pages.
+            if let Err(error) = notifier.inval_inode(INodeNo(node), -1, 0) {
+                log::warn!("cannot have the kernel forget the attributes of {node}: {error}");
             }
         };
         // An earlier server may have died before it did.
-        forget(folder_node(ROOT_NODE), Forget::Attributes);
+        forget(folder_node(ROOT_NODE));
         engine.set_listener(Some(Box::new(forget)));
         Ok((signals, snapshots, session))
     }
@@ -278,11 +274,6 @@ fn run(
             }
         });
         let running = scope.spawn(|| session.run().map_err(failed(config)));
-        // Until it has asked, the kernel takes the root for root's own (`fuse_get_root_inode` of fs/fuse/inode.c), and refuses
-        // its owner a chmod(2).
-        if let Err(errno) = rustix::fs::stat(&config.mountpoint) {
-            log::debug!("{}: {errno}", config.mountpoint.display());
-        }
         ready();
         let done = running
             .join()

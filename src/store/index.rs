@@ -290,7 +290,7 @@ fn sync_path(path: &Path, flags: OFlags) -> Result<()> {
     }
 }
 
-fn allocated(dir: &Path) -> u64 {
+pub(super) fn allocated(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let Ok(entries) = std::fs::read_dir(dir) else {
         return 0;

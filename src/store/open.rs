@@ -2,7 +2,7 @@
 
 use super::count::Uncounted;
 use super::identity::{check_owner, identify, make_dir};
-use super::index::{Index, MemoryIndex, SledIndex};
+use super::index::{self, Index, MemoryIndex, SledIndex};
 use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
 use super::key::{self, IndexState, Usage, segment_of};
 use super::layers::Layers;
@@ -10,14 +10,15 @@ use super::media::{FileMedia, Media, MediaFile, missing, name_of};
 use super::reclaim::Upkeep;
 use super::record::{Record, SEAL_LEN};
 use super::replay::{SegmentLog, read_segment};
+use super::room::{self, Reserved};
 use super::session::Session;
 use super::snapshots::Snapshots;
 use super::table::{Change, Table};
 use super::types::{SnapshotState, StoreOptions};
-use super::{Opened, Store, checkpoint, room};
+use super::{Opened, Store, checkpoint};
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Epoch, Lsn};
-use crate::sync::{Arc, AtomicBool, Mutex, Ordering, RwLock};
+use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
 use rustix::io::fcntl_dupfd_cloexec;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -74,12 +75,18 @@ impl Store {
         // The index may want room that only the reserve has.
         room::drop_reserve_in(dir);
         let again = fcntl_dupfd_cloexec(&lock, 0)?;
-        match Self::open_locked(dir, options.clone(), media.clone(), lock, uuid) {
-            Ok(store) if !store.needs_room_of_index() => return Ok(store),
-            Err(error) if !error.is_full() || options.in_memory_index => return Err(error),
-            // Dropped before its index is taken away.
-            opened => drop(opened),
+        let opened = Self::open_locked(dir, options.clone(), media.clone(), lock, uuid);
+        let noted = match &opened {
+            Ok(store) if !store.has_no_room() => return opened,
+            Ok(store) => noted_usage(store.layers.index.as_ref())?,
+            Err(error) if !error.is_full() || options.in_memory_index => return opened,
+            Err(_) => BTreeMap::new(),
+        };
+        if !serves_in_memory(dir, &options, media.as_ref(), uuid, &noted)? {
+            return opened;
         }
+        // Before its index is taken away.
+        drop(opened);
         log::warn!(
             "{}: the disk is full; the index is in memory until it is opened with room again, so that its space serves what makes room",
             options.known.as_deref().unwrap_or(dir).display()
@@ -95,13 +102,8 @@ impl Store {
     }
 
     /// Whether nothing could be set aside for a full disk, on which nothing can be removed then: a removal takes some records.
-    /// The space of the index, which only repeats what the journal has (I5), is enough for that.
-    fn needs_room_of_index(&self) -> bool {
-        self.keep_reserve();
-        let size = self.layers.index.allocated();
-        !self.reserved.load(Ordering::Relaxed)
-            && (1..=MOST_IN_MEMORY).contains(&size)
-            && self.damage().is_empty()
+    fn has_no_room(&self) -> bool {
+        self.keep_reserve() == Reserved::No && self.layers.index.allocated() > 0
     }
 
     /// Opens the store `uuid` whose index is in `dir` and whose journal is `media`.
@@ -144,6 +146,33 @@ impl Store {
             session,
         })
     }
+}
+
+/// Whether the journal alone is enough (I5), and the index not too large for memory: it may have what the journal has lost.
+/// `noted`: the segments that it tells of.
+fn serves_in_memory(
+    dir: &Path,
+    options: &StoreOptions,
+    media: &dyn Media,
+    uuid: u128,
+    noted: &BTreeMap<u32, Usage>,
+) -> Result<bool> {
+    let size = index::allocated(&dir.join("index"));
+    let mut numbers = media.list()?;
+    numbers.sort_unstable();
+    if size > MOST_IN_MEMORY || noted.keys().any(|number| !numbers.contains(number)) {
+        return Ok(false);
+    }
+    let session = Session::read(media, uuid, options.boot)?;
+    let reading = Reading {
+        media,
+        uuid,
+        log_area: options.log_area,
+        verify: session.went_down,
+        end: session.end(),
+    };
+    let whole = Recovery::read(&reading, &numbers, None)?;
+    Ok(!whole.lost && whole.damage.is_empty())
 }
 
 /// An index and what it says of itself; no state: it is empty, replay the whole journal.

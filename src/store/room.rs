@@ -4,6 +4,7 @@ use super::Store;
 use crate::error::{Error, Result};
 use crate::sync::Ordering;
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags};
+use rustix::io::{Errno, retry_on_intr};
 use std::path::Path;
 
 /// Name of the reserve in the directory of the store.
@@ -20,6 +21,17 @@ pub struct Space {
     pub free: u64,
     /// The size of that filesystem; 0 if that is not told.
     pub total: u64,
+}
+
+/// Whether there is a reserve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reserved {
+    /// There is.
+    Yes,
+    /// There is no room for one.
+    No,
+    /// The filesystem sets nothing aside.
+    Unknown,
 }
 
 impl Store {
@@ -52,23 +64,34 @@ impl Store {
         }
     }
 
-    /// Sets the reserve aside if it is not there and there is room for it, and room for the index.
-    pub fn keep_reserve(&self) {
+    /// Sets the reserve aside if it is not there and there is room for it, and then room for the index.
+    pub fn keep_reserve(&self) -> Reserved {
+        let reserved = self.reserve();
         self.keep_index_room();
+        reserved
+    }
+
+    fn reserve(&self) -> Reserved {
         if self.reserved.load(Ordering::Relaxed) {
-            return;
+            return Reserved::Yes;
         }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let path = self.dir.join(RESERVE);
-        let Ok(file) = rustix::fs::openat(CWD, &path, flags, Mode::from_raw_mode(0o600)) else {
-            return;
+        let mode = Mode::from_raw_mode(0o600);
+        let made = rustix::fs::openat(CWD, &path, flags, mode).and_then(|file| {
+            retry_on_intr(|| {
+                rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES)
+            })
+        });
+        let Err(errno) = made else {
+            self.reserved.store(true, Ordering::Relaxed);
+            return Reserved::Yes;
         };
-        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES) {
-            Ok(()) => self.reserved.store(true, Ordering::Relaxed),
-            Err(errno) => {
-                log::debug!("no room for a reserve: {errno}");
-                self.drop_reserve();
-            }
+        log::debug!("no reserve: {errno}");
+        self.drop_reserve();
+        match errno {
+            Errno::NOSPC | Errno::DQUOT => Reserved::No,
+            _ => Reserved::Unknown,
         }
     }
 

@@ -223,12 +223,12 @@ impl History {
         let Ok(OpenFile::Live(file)) = file else {
             unreachable!()
         };
-        let tried = engine.try_write(&file, 0, &[7; 5000], None).unwrap();
+        let tried = engine.try_write(&file, 0, &[7; 5000], None, false).unwrap();
         assert_eq!(tried, None, "there is something to wait for");
         assert_eq!(engine.write(&file, 0, &[7; 5000], None).unwrap(), 5000);
         // Now nothing has to be kept.
         assert_eq!(
-            engine.try_write(&file, 9, &[8; 50], None).unwrap(),
+            engine.try_write(&file, 9, &[8; 50], None, false).unwrap(),
             Some(50)
         );
     }
