@@ -300,18 +300,19 @@ fn is_helper(pid: Pid) -> bool {
         .is_ok_and(|line| line.split(|b| *b == 0).any(|word| word == b"flush-helper"))
 }
 
-/// Kills the daemons of `mnt` with signal 9 and waits until they are gone. Returns how many there were.
+/// Kills the daemons of `mnt` with signal 9, and those that they have started just before, and waits until all are gone. A
+/// process that waits for the disk ends after that. Returns how many there were at first.
 pub(crate) fn kill_daemons(bin: &Path, mnt: &Path) -> usize {
-    let pids = daemons(bin, mnt);
-    for pid in &pids {
-        let _ = kill_process(*pid, Signal::KILL);
-    }
-    let start = Instant::now();
-    // A process that waits for the disk ends after that.
-    while start.elapsed() < Duration::from_secs(60) && !daemons(bin, mnt).is_empty() {
+    let (first, start) = (daemons(bin, mnt), Instant::now());
+    let mut left = first.clone();
+    while !left.is_empty() && start.elapsed() < Duration::from_secs(60) {
+        for pid in left {
+            let _ = kill_process(pid, Signal::KILL);
+        }
         std::thread::sleep(Duration::from_millis(1));
+        left = daemons(bin, mnt);
     }
-    pids.len()
+    first.len()
 }
 
 /// Where each thread of a process that hangs is: its name, what it waits for in the kernel, and its system call
