@@ -58,7 +58,7 @@ impl World {
         let (_, file) = made.unwrap();
         let piece = vec![7; 1 << 20];
         for at in (0..BLOCKS * BLOCK).step_by(piece.len()) {
-            engine.write(&file, at, &piece, None).unwrap();
+            engine.write(&file, at, &piece, None, false).unwrap();
         }
         Self {
             engine,
@@ -90,7 +90,7 @@ impl World {
         let data = [9; BLOCK as usize];
         let n = self
             .engine
-            .write(&self.file, self.at * BLOCK, black_box(&data), None);
+            .write(&self.file, self.at * BLOCK, black_box(&data), None, false);
         assert_eq!(n.unwrap(), data.len());
         self.at = (self.at + 1) % BLOCKS;
         self.at == 0

@@ -10,6 +10,7 @@ mod drive;
 mod plain;
 
 use cowfs::config::{Durability, OnFull};
+use cowfs::engine::handle::OpenFile;
 use cowfs::engine::{Call, Engine, EngineOptions, Failure, Faults, check};
 use cowfs::store::SnapshotState;
 use cowfs::store::check::Severity;
@@ -348,6 +349,18 @@ fn short_and_interrupted_calls_are_continued() {
     saboteur.disarm();
     let new = std::fs::read(dir.path().join("f")).unwrap();
     assert!(new[..1000] == [7; 1000] && new[1000] == 8);
+    // Where the whole is asked for, a part is an error, and what came short and was not one goes on.
+    let f = drive::find(&engine, root(&engine), &["f"]).unwrap();
+    let OpenFile::Live(file) = engine.open_file(&f, libc::O_RDWR).unwrap() else {
+        panic!("a live file");
+    };
+    let all = |byte: u8| engine.write(&file, 0, &[byte; 30_000], None, true);
+    saboteur.arm(plan(Call::Write, &partly, true));
+    assert_eq!(all(6).unwrap_err().errno(), Errno::IO);
+    saboteur.arm(plan(Call::Write, &interrupted, true));
+    assert_eq!(all(5).unwrap(), 30_000);
+    saboteur.disarm();
+    assert!(std::fs::read(dir.path().join("f")).unwrap()[..30_000] == [5; 30_000]);
 }
 
 /// A snapshot that cannot be made durable is not made under `strict`, and is suspect under `ordered`.

@@ -260,7 +260,7 @@ fn change(engine: &Engine, rng: &mut SmallRng) -> Result<()> {
         0 | 1 => {
             let made = engine.create(&dir, &name, 0o600, libc::O_RDWR, CALLER)?;
             match rng.random() {
-                true => engine.write(&made.1, 0, &[1; 5000], None).map(drop),
+                true => engine.write(&made.1, 0, &[1; 5000], None, false).map(drop),
                 false => Ok(()),
             }
         }
@@ -293,7 +293,7 @@ fn change(engine: &Engine, rng: &mut SmallRng) -> Result<()> {
             OpenFile::Live(file) => {
                 let at = rng.random_range(0..20_000);
                 engine
-                    .write(&file, at, &[rng.random(); 3000], None)
+                    .write(&file, at, &[rng.random(); 3000], None, false)
                     .map(drop)
             }
             OpenFile::At(_) => unreachable!("a live file"),
@@ -396,7 +396,9 @@ fn pre_images_are_durable_before_anything_is_written_behind() {
     *place.lock() = Some(engine.clone());
     let mut begun = 0;
     for at in (0..48 * MIB).step_by(MIB as usize) {
-        engine.write(&file, at, &[2; MIB as usize], None).unwrap();
+        engine
+            .write(&file, at, &[2; MIB as usize], None, false)
+            .unwrap();
         let Some(part) = file.note_written(at, MIB) else {
             continue;
         };
@@ -444,7 +446,9 @@ fn nothing_of_a_file_that_is_gone_is_written_behind() {
         let parts: Vec<_> = (0..48 * MIB)
             .step_by(MIB as usize)
             .filter_map(|at| {
-                engine.write(&file, at, &[2; MIB as usize], None).unwrap();
+                engine
+                    .write(&file, at, &[2; MIB as usize], None, false)
+                    .unwrap();
                 file.note_written(at, MIB)
             })
             .collect();

@@ -18,30 +18,10 @@ const COPY_LIMIT: u64 = 4 << 20;
 impl Engine {
     /// Writes `data` at `offset`: one operation of C1, wholly in a snapshot or wholly out.
     ///
-    /// `caller`: one who lacks `CAP_FSETID`, whose write clears setuid, setgid and capabilities.
-    pub fn write(
-        &self,
-        file: &LiveFile,
-        offset: u64,
-        data: &[u8],
-        caller: Option<Unprivileged>,
-    ) -> Result<usize> {
-        self.write_as(file, offset, data, caller, false)
-    }
-
-    /// As [`Self::write`], for what the kernel has held back: all of `data`, or an error. It takes no answer for a part
+    /// `caller`: one who lacks `CAP_FSETID`, whose write clears setuid, setgid and capabilities. `all`: what finds room for
+    /// a part only is an error. That is for what the kernel has held back: it takes no answer for a part
     /// (`fuse_writepage_end` of fs/fuse/file.c), and would lose the rest without a word.
-    pub fn write_back(
-        &self,
-        file: &LiveFile,
-        offset: u64,
-        data: &[u8],
-        caller: Option<Unprivileged>,
-    ) -> Result<usize> {
-        self.write_as(file, offset, data, caller, true)
-    }
-
-    fn write_as(
+    pub fn write(
         &self,
         file: &LiveFile,
         offset: u64,
@@ -57,7 +37,7 @@ impl Engine {
         })
     }
 
-    /// As [`Self::write`], or [`Self::write_back`] for `all`, but `None` where that would have to wait, for the journal
+    /// As [`Self::write`], but `None` where that would have to wait, for the journal
     /// (strict durability) or for what is given up on a full disk; the same write, done over, will go on from there.
     pub fn try_write(
         &self,
@@ -177,7 +157,7 @@ impl Engine {
         if n == 0 {
             Ok(0)
         } else {
-            self.write(to, to_offset, &buf[..n], caller)
+            self.write(to, to_offset, &buf[..n], caller, false)
         }
     }
 

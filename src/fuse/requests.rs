@@ -345,11 +345,10 @@ impl Filesystem for Adapter {
                 };
                 pool.run(move || {
                     let done = writable(&file).and_then(|live| {
-                        if cached {
-                            return engine.write_back(live, offset, &data, caller);
+                        let n = engine.write(live, offset, &data, caller, cached)?;
+                        if !cached {
+                            engine.sync_write(live)?;
                         }
-                        let n = engine.write(live, offset, &data, caller)?;
-                        engine.sync_write(live)?;
                         Ok(n)
                     });
                     if let Some(gate) = gate {

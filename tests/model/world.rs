@@ -390,7 +390,9 @@ impl World {
                     return Ok(());
                 };
                 let data = pattern(at, len, byte);
-                self.on_file(&path, |live| engine.write(live, at.into(), &data, None))?;
+                self.on_file(&path, |live| {
+                    engine.write(live, at.into(), &data, None, false)
+                })?;
                 put(self.live.data_mut(id), at, &data);
                 Ok(())
             }
@@ -682,7 +684,7 @@ impl World {
             // not (ext4): the filesystem's own doing (docs/SEMANTICS.md), but not to be compared.
             let engine = self.engine();
             self.on_file(&path, |live| {
-                engine.write(live, at.into(), &vec![0; (end - at) as usize], None)
+                engine.write(live, at.into(), &vec![0; (end - at) as usize], None, false)
             })?;
         }
         Ok(())
@@ -896,7 +898,7 @@ impl World {
             unreachable!()
         };
         self.engine()
-            .write(live, at.into(), &data, None)
+            .write(live, at.into(), &data, None, false)
             .map_err(text)?;
         match self.nameless.get_mut(id) {
             Some(content) => put(content, at, &data),
@@ -932,7 +934,7 @@ impl World {
                 let written = std::cell::RefCell::new(Ok(0));
                 engine
                     .snapshot_crossing(&name, &[&file.object], || {
-                        *written.borrow_mut() = engine.write(file, at.into(), &data, None);
+                        *written.borrow_mut() = engine.write(file, at.into(), &data, None, false);
                     })
                     .map_err(text)?;
                 written.into_inner().map_err(text)?;

@@ -418,7 +418,9 @@ fn overwrite(engine: &Engine, dir: &Node) {
                 let Ok(OpenFile::Live(file)) = engine.open_file(&node, libc::O_RDWR) else {
                     unreachable!()
                 };
-                engine.write(&file, 100, &[0xaa; 5000], None).unwrap();
+                engine
+                    .write(&file, 100, &[0xaa; 5000], None, false)
+                    .unwrap();
             }
             _ => {}
         }

@@ -225,7 +225,10 @@ impl History {
         };
         let tried = engine.try_write(&file, 0, &[7; 5000], None, false).unwrap();
         assert_eq!(tried, None, "there is something to wait for");
-        assert_eq!(engine.write(&file, 0, &[7; 5000], None).unwrap(), 5000);
+        assert_eq!(
+            engine.write(&file, 0, &[7; 5000], None, false).unwrap(),
+            5000
+        );
         // Now nothing has to be kept.
         assert_eq!(
             engine.try_write(&file, 9, &[8; 50], None, false).unwrap(),
@@ -323,7 +326,7 @@ impl History {
             let OpenFile::Live(file) = engine.open_file(node, flags)? else {
                 unreachable!()
             };
-            engine.write(&file, offset, &data, None)?;
+            engine.write(&file, offset, &data, None, false)?;
             engine.sync_write(&file)
         });
         done.unwrap();

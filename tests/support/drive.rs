@@ -56,7 +56,7 @@ pub(crate) fn snapshot(engine: &Engine, path: &[&str]) -> Result<Node> {
 pub(crate) fn write(engine: &Engine, name: &str, at: u64, bytes: &[u8]) -> Result<usize> {
     let node = find(engine, root(engine), &[name])?;
     match engine.open_file(&node, libc::O_RDWR)? {
-        OpenFile::Live(file) => engine.write(&file, at, bytes, None),
+        OpenFile::Live(file) => engine.write(&file, at, bytes, None, false),
         OpenFile::At(_) => unreachable!("a live file"),
     }
 }
