@@ -1,5 +1,6 @@
 //! `cowfs umount`: detach a mount and wait until its store is written.
 
+use super::output;
 use crate::config::CacheMode;
 use crate::control::{self, SnapshotMount, Status};
 use crate::error::{Error, Result};
@@ -103,6 +104,9 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
         }
         None => None,
     };
+    if hangs {
+        return Err(busy(&mount.mountpoint, true));
+    }
     let held = status.is_some_and(|status| status.cache == CacheMode::Writeback.as_str());
     let patience = if held { WRITING_BACK } else { CLOSING };
     let mut others = same_filesystem(&mount)?;
@@ -110,7 +114,7 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
         others.swap_remove(own);
     }
     match detach(&mount, lazy, patience) {
-        Err(Busy::Yes) => return Err(busy(&mount.mountpoint, hangs)),
+        Err(Busy::Yes) => return Err(busy(&mount.mountpoint, false)),
         Err(Busy::No(error)) => return Err(error),
         Ok(()) => {}
     }
@@ -207,8 +211,15 @@ impl Process {
 /// Refuses to unmount a live tree under the mounts of its snapshots, which end with it.
 fn check_snapshot_mounts(place: &Path, status: &Status) -> Result<()> {
     let shown = |mount: &SnapshotMount| match mount.mountpoints.first() {
-        Some(at) => format!("{} at {at}", mount.snapshot),
-        None => format!("{} out of sight of the daemon", mount.snapshot),
+        Some(at) => format!(
+            "{} at {}",
+            output::printable(mount.snapshot.as_ref()),
+            output::printable(at.as_ref())
+        ),
+        None => format!(
+            "{} out of sight of the daemon",
+            output::printable(mount.snapshot.as_ref())
+        ),
     };
     let deadline = Instant::now() + SETTLE;
     let mut mounts = status.snapshot_mounts.clone();
@@ -280,8 +291,8 @@ fn busy(place: &Path, hangs: bool) -> Error {
              close it and try again, or `cowfs umount --lazy`"
         }
         true => {
-            "in use, and its daemon does not answer; `cowfs umount --lazy` takes the mount away at once, and who \
-             waits for the daemon goes on waiting until it answers or is killed"
+            "its daemon does not answer; `cowfs umount --lazy` takes the mount away at once, and who waits for the \
+             daemon goes on waiting until it answers or is killed"
         }
     };
     Error::MountPoint {

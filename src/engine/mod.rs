@@ -237,7 +237,7 @@ impl Engine {
         engine.refresh_guards(*engine.under_cut.lock());
         // The root stays known as long as there is a mount.
         engine.nodes.told(&engine.root());
-        recover::retained(&engine)?;
+        engine.store.with_reserve(|| recover::retained(&engine))?;
         engine.restore(found.unwrap_or(&mut Found::default()))?;
         if let Err(error) = engine.store.make_ready() {
             log::warn!("the store has no room: {error}");

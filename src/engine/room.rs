@@ -267,10 +267,7 @@ impl Engine {
         &self,
         mut attempt: impl FnMut() -> Result<T>,
     ) -> Result<T> {
-        self.with_room(SMALL, || match attempt() {
-            Err(error) if error.is_full() && self.store.drop_reserve() => attempt(),
-            other => other,
-        })
+        self.with_room(SMALL, || self.store.with_reserve(&mut attempt))
     }
 
     /// Whether changes may have to wait for space, which what is given up for them frees.
@@ -332,10 +329,7 @@ impl Engine {
             };
             marks.push((snapshot.info.epoch, state));
         }
-        let mut marked = self.store.give_up(&marks);
-        if matches!(&marked, Err(error) if error.is_full()) && self.store.drop_reserve() {
-            marked = self.store.give_up(&marks);
-        }
+        let marked = self.store.with_reserve(|| self.store.give_up(&marks));
         if let Err(error) = marked {
             sealed.iter().for_each(|snapshot| snapshot.unseal());
             log::error!("no snapshot can be given up: {error}");

@@ -46,7 +46,7 @@ pub(super) fn boot(backing: &Backing, store: &Path) -> Result<u128> {
 
 /// Begins the session; says in the log what has become suspect.
 pub(super) fn begin(store: &Store) -> Result<()> {
-    let suspect = store.begin_session()?;
+    let suspect = store.with_reserve(|| store.begin_session())?;
     if !suspect.is_empty() {
         let names: Vec<_> = suspect
             .iter()

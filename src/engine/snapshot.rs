@@ -319,7 +319,7 @@ impl Engine {
         let update = || self.store.update_snapshot(epoch, |info| info.held = held);
         let lsn = match held {
             true => update()?,
-            false => self.on_full_disk(update)?,
+            false => self.store.with_reserve(update)?,
         };
         self.settle(lsn)?;
         self.snapshots.update(epoch, |info| info.held = held);
@@ -343,14 +343,6 @@ impl Engine {
         }
     }
 
-    /// Deleting is how space is made, and letting go comes before it: that must not fail for want of space.
-    fn on_full_disk<T>(&self, change: impl Fn() -> Result<T>) -> Result<T> {
-        match change() {
-            Err(error) if error.is_full() && self.store.drop_reserve() => change(),
-            done => done,
-        }
-    }
-
     fn try_delete_snapshot(&self, name: &[u8]) -> Result<()> {
         let snapshot = {
             let _cut = self.cut.lock();
@@ -365,7 +357,8 @@ impl Engine {
             snapshot
         };
         // Not under the lock: a cut does not wait for the journal of a deletion.
-        let deleted = self.on_full_disk(|| self.store.delete_snapshot(snapshot.info.epoch));
+        let delete = || self.store.delete_snapshot(snapshot.info.epoch);
+        let deleted = self.store.with_reserve(delete);
         let _cut = self.cut.lock();
         if let Err(error) = &deleted {
             let gone = self.store.snapshots().iter().any(|info| {

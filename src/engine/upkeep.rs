@@ -175,12 +175,8 @@ impl Engine {
     /// One round of upkeep. Stops early when the engine is closing.
     pub fn upkeep(&self) -> Result<()> {
         self.store.keep_reserve();
-        let done = self.round();
         // Freeing space takes some.
-        match done {
-            Err(error) if error.is_full() && self.store.drop_reserve() => self.round(),
-            other => other,
-        }
+        self.store.with_reserve(|| self.round())
     }
 
     fn round(&self) -> Result<()> {

@@ -10,6 +10,7 @@ use crate::sync::RwLock;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::ops::Bound;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -202,7 +203,10 @@ fn mark(path: &Path) -> PathBuf {
 fn guarded<T>(run: impl FnOnce() -> sled::Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(sled::Error::Io(error))) if error.raw_os_error().is_some() => {
+        // What its own threads meet comes without a number.
+        Ok(Err(sled::Error::Io(error)))
+            if error.raw_os_error().is_some() || error.kind() == ErrorKind::StorageFull =>
+        {
             Err(Error::io("cannot use", "index", &error))
         }
         Ok(Err(error)) => Err(Error::Corrupt(format!("index: {error}"))),

@@ -213,7 +213,11 @@ fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
         return fresh_index(dir, options);
     }
     match trusted_index(&path, options, uuid) {
-        Ok(found) => Ok(found),
+        Ok(Some(found)) => Ok(found),
+        Ok(None) => {
+            log::info!("the index was not finished, and is built anew from the journal");
+            fresh_index(dir, options)
+        }
         // Nothing is wrong with the index, which may have what the journal has lost.
         Err(error) if error.is_lack() || error.is_full() => Err(error),
         Err(error) => {
@@ -227,14 +231,14 @@ fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
     }
 }
 
-/// Opens the index; fails if there is any reason to doubt it.
-fn trusted_index(path: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
+/// Opens the index; fails if there is any reason to doubt it. `None`: whoever built it died before it was finished.
+fn trusted_index(path: &Path, options: &StoreOptions, uuid: u128) -> Result<Option<Found>> {
     if SledIndex::is_condemned(path) {
         return Err(Error::Corrupt("the index could not be read lately".into()));
     }
     let index = SledIndex::open(path)?;
     let Some(state) = index.get(key::STATE)? else {
-        return Err(Error::Corrupt("the index was never finished".into()));
+        return Ok(None);
     };
     let state = IndexState::parse(&state)?;
     if state.uuid != uuid {
@@ -260,7 +264,7 @@ fn trusted_index(path: &Path, options: &StoreOptions, uuid: u128) -> Result<Foun
         (noted.into_iter().map(used).collect(), Uncounted::all())
     };
     let husk = is_husk(&index)?;
-    Ok(Found {
+    Ok(Some(Found {
         index: Box::new(index),
         state: Some(state),
         husk,
@@ -268,7 +272,7 @@ fn trusted_index(path: &Path, options: &StoreOptions, uuid: u128) -> Result<Foun
         uncounted,
         distrust: None,
         noted: exact,
-    })
+    }))
 }
 
 /// Whether the index takes much space and refers to nothing.

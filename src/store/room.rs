@@ -11,6 +11,8 @@ use std::path::Path;
 const RESERVE: &str = "reserve";
 /// Enough for some segments that hold small records alone, and for an index of its smallest size.
 const RESERVE_BYTES: u64 = 8 << 20;
+/// So much of it is given up at a time: what is free on a full disk is anybody's. Enough for a segment of small records.
+const RESERVE_STEP: u64 = 2 << 20;
 
 /// Space in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -71,34 +73,71 @@ impl Store {
         reserved
     }
 
+    /// As much of it as there is room for.
     fn reserve(&self) -> Reserved {
         if self.reserved.load(Ordering::Relaxed) {
             return Reserved::Yes;
         }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let path = self.dir.join(RESERVE);
-        let mode = Mode::from_raw_mode(0o600);
-        let made = rustix::fs::openat(CWD, &path, flags, mode).and_then(|file| {
-            retry_on_intr(|| {
-                rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES)
-            })
-        });
-        let Err(errno) = made else {
-            self.reserved.store(true, Ordering::Relaxed);
-            return Reserved::Yes;
-        };
-        log::debug!("no reserve: {errno}");
-        self.drop_reserve();
-        match errno {
-            Errno::NOSPC | Errno::DQUOT => Reserved::No,
+        let steps = (1..=RESERVE_BYTES / RESERVE_STEP).rev();
+        let mut made = Err(Errno::NOSPC);
+        for size in steps.map(|step| step * RESERVE_STEP) {
+            made = self.allocate_reserve(size);
+            match made {
+                Ok(()) => {
+                    let whole = size == RESERVE_BYTES;
+                    self.reserved.store(whole, Ordering::Relaxed);
+                    return Reserved::Yes;
+                }
+                Err(Errno::NOSPC | Errno::DQUOT) => {}
+                Err(_) => break,
+            }
+        }
+        self.drop_reserve_to(0);
+        match made {
+            Err(Errno::NOSPC | Errno::DQUOT) => Reserved::No,
             _ => Reserved::Unknown,
         }
     }
 
-    /// Gives the reserve up. False if there is none.
+    fn allocate_reserve(&self, size: u64) -> Result<(), Errno> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let path = self.dir.join(RESERVE);
+        let file = rustix::fs::openat(CWD, &path, flags, Mode::from_raw_mode(0o600))?;
+        retry_on_intr(|| rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size))?;
+        // What a larger one that failed has left beyond.
+        rustix::fs::ftruncate(&file, size)
+    }
+
+    /// Gives up a part of the reserve, enough for some small records. False if there is none.
     pub fn drop_reserve(&self) -> bool {
+        let size = std::fs::metadata(self.dir.join(RESERVE)).map_or(0, |file| file.len());
+        size > 0 && self.drop_reserve_to(size.saturating_sub(RESERVE_STEP))
+    }
+
+    fn drop_reserve_to(&self, size: u64) -> bool {
         self.reserved.store(false, Ordering::Relaxed);
-        std::fs::remove_file(self.dir.join(RESERVE)).is_ok()
+        let path = self.dir.join(RESERVE);
+        let done = match size {
+            0 => std::fs::remove_file(path),
+            _ => std::fs::File::options()
+                .write(true)
+                .open(path)
+                .and_then(|file| file.set_len(size)),
+        };
+        done.is_ok()
+    }
+
+    /// Runs a change that makes room, or comes before that, and has the reserve for it on a full disk.
+    ///
+    /// # Errors
+    /// Those of the change.
+    pub fn with_reserve<T>(&self, mut change: impl FnMut() -> Result<T>) -> Result<T> {
+        loop {
+            match change() {
+                Err(error) if error.is_full() && self.drop_reserve() => {}
+                done => return done,
+            }
+        }
     }
 }
 
