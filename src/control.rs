@@ -27,8 +27,8 @@ const MOUNT_XATTR: &str = "user.cowfs.mount.";
 /// On the root directory of a live mount, for root and the user whose daemon it is: looks the store over, and gives
 /// what was found as JSON, cut short to what fits.
 pub const CHECK_XATTR: &str = "user.cowfs.check";
-/// How long a daemon may take to say who it is.
-const ANSWER: Duration = Duration::from_secs(5);
+/// How long the daemon of another mount may take to say who it is.
+pub const ANSWER: Duration = Duration::from_secs(5);
 
 /// The largest value that an extended attribute can have.
 pub const XATTR_MAX: usize = 65536;
@@ -257,12 +257,12 @@ pub fn status(root: &Path) -> Result<Status> {
     Ok(status)
 }
 
-/// As [`status`], but a daemon that hangs does not make the caller hang: `None` if it has not answered within five seconds.
+/// As [`status`], but a daemon that hangs does not make the caller hang: `None` if it has not answered in that time.
 ///
 /// It is asked by a process of its own: who waits for an answer to what a daemon has read already cannot be killed
 /// (`request_wait_answer` of fs/fuse/dev.c), and a process does not end before its threads.
 #[must_use]
-pub fn status_in_time(root: &Path) -> Option<Result<Status>> {
+pub fn status_in_time(root: &Path, time: Duration) -> Option<Result<Status>> {
     let failed = |error: std::io::Error| Error::io("cannot ask", root, &error);
     let asking = Command::new("/proc/self/exe")
         .arg0("cowfs")
@@ -285,7 +285,7 @@ pub fn status_in_time(root: &Path) -> Option<Result<Status>> {
         // Nobody listens any more if it took too long.
         let _ = answer.send(read.transpose().map(|_| text));
     });
-    let Ok(said) = said.recv_timeout(ANSWER) else {
+    let Ok(said) = said.recv_timeout(time) else {
         // If it cannot be killed yet, it ends when it is answered.
         let _ = asking.kill();
         std::thread::spawn(move || asking.wait());
@@ -347,7 +347,7 @@ pub fn find_live(path: &Path) -> Result<Option<(PathBuf, Status)>> {
     for mount in whole {
         let answer = match mount.source == source {
             true => Some(status(&mount.mountpoint)),
-            false => status_in_time(&mount.mountpoint),
+            false => status_in_time(&mount.mountpoint, ANSWER),
         };
         // One that does not answer is dead, or another's that hangs.
         if let Some(Ok(status)) = answer

@@ -24,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(180);
 #[track_caller]
 fn cowfs(arguments: &[&str], path: &Path) -> Outcome {
     let mut cowfs = Command::new(cowfs_bin());
-    run(cowfs.args(arguments).arg(path), LIMIT / 3)
+    run(cowfs.args(arguments).arg(path), LIMIT / 2)
 }
 
 /// What another mount can be asked to do beside one that hangs.

@@ -365,7 +365,7 @@ fn overlapping<'m>(source: &Path, mounts: &'m [MountEntry]) -> Option<&'m MountE
 /// What a cowfs mount is of, which the mount table need not say (`fsname=`); nothing for one of a snapshot, or one that is dead
 /// and holds nothing.
 fn mounted_at(mount: &MountEntry) -> Option<PathBuf> {
-    match control::status_in_time(&mount.mountpoint) {
+    match control::status_in_time(&mount.mountpoint, control::ANSWER) {
         Some(Ok(status)) if status.snapshot.is_some() => None,
         Some(Ok(status)) => Some(status.source.into()),
         Some(Err(_)) if rustix::fs::stat(&mount.mountpoint).err() == Some(Errno::NOTCONN) => None,
@@ -405,7 +405,8 @@ fn check_source(path: &Path) -> Result<PathBuf> {
     {
         // A mount that is dead holds nothing; one that hangs may.
         let dead = || rustix::fs::stat(&mount.mountpoint).err() == Some(Errno::NOTCONN);
-        if !matches!(control::status_in_time(&mount.mountpoint), Some(Err(_)) if dead()) {
+        let answer = control::status_in_time(&mount.mountpoint, control::ANSWER);
+        if !matches!(answer, Some(Err(_)) if dead()) {
             return Err(refuse(&format!(
                 "it is mounted by cowfs already, at {}; two mounts of one directory would spoil its snapshots; unmount it there first (cowfs umount)",
                 mount.mountpoint.display()

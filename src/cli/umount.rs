@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long the daemon may take to finish writing its store.
+/// How long the daemon may take to answer, and to finish writing its store.
 const FINISH: Duration = Duration::from_secs(30);
 /// How long the end of a snapshot's mount may take to reach the daemon.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -90,7 +90,7 @@ pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let mut status = None;
     let mut hangs = false;
     if !lazy {
-        let answer = control::status_in_time(&place);
+        let answer = control::status_in_time(&place, FINISH);
         hangs = answer.is_none();
         status = answer.and_then(Result::ok);
     }
