@@ -7,7 +7,7 @@
 
 mod support;
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::fs::{CWD, FallocateFlags, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Signal, kill_process};
@@ -527,4 +527,21 @@ fn what_is_written_back_in_part_has_failed() {
     let wrote = file.write_all_at(&vec![7; 1 << 20], fits - (512 << 10));
     let synced = file.sync_all();
     assert!(wrote.is_err() || synced.is_err(), "{wrote:?} {synced:?}");
+}
+
+/// The kernel goes by the size that it knows when an allocation fails half-way, and so does what is beneath and a snapshot.
+#[test]
+fn an_allocation_that_fails_half_way_leaves_the_size() {
+    let mount = Mount::on_own_disk("half", LIMIT, 60);
+    mount.remount_with(OPTION);
+    assert_eq!(mount.cache(), "writeback", "{}", mount.log());
+    let file = fs::File::create(mount.mnt.join("f")).unwrap();
+    file.write_all_at(&[7; 5000], 0).unwrap();
+    file.sync_all().unwrap();
+    let allocated = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 200 << 20);
+    assert_eq!(allocated, Err(Errno::NOSPC));
+    let snapshot = mount.snapshot("s").join("f");
+    for path in [mount.mnt.join("f"), mount.backing.join("f"), snapshot] {
+        assert_eq!(fs::read(&path).unwrap(), [7; 5000], "{}", path.display());
+    }
 }

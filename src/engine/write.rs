@@ -136,14 +136,14 @@ impl Engine {
         let wanted = if punches { 0 } else { len };
         self.change_data(&file.object, file.fd(), &range, wanted, || {
             self.for_caller(&file.object, file.fd(), caller, || {
-                let size = self.backing.stat(file.fd())?.size;
+                // A kernel that holds writes back goes by the size that it knows, also if this fails half-way.
+                let held = !shifts && self.barrier.read().is_some();
+                let before = held.then(|| self.backing.stat(file.fd())).transpose()?;
                 let done = self.backing.fallocate(file.fd(), mode, offset, len);
-                // It may have failed half-way. A kernel that holds writes back goes by the size that it knows.
-                if done.is_err() && self.barrier.read().is_some() {
-                    let now = self.backing.stat(file.fd())?.size;
-                    if now != size && !shifts {
-                        self.backing.truncate(file.fd(), size)?;
-                    }
+                if let (Err(_), Some(before)) = (&done, before)
+                    && self.backing.stat(file.fd())?.size != before.size
+                {
+                    self.backing.truncate(file.fd(), before.size)?;
                 }
                 done
             })

@@ -15,6 +15,7 @@ mod commit;
 mod compact;
 mod count;
 mod examine;
+mod found;
 mod frame;
 #[doc(hidden)]
 pub mod fuzz;

@@ -1,8 +1,9 @@
 //! Opening: the directory, the index if it can be trusted, and what the journal has beyond it.
 
 use super::count::Uncounted;
+use super::found::{Found, find_index, fresh_index, noted_usage, remove_index};
 use super::identity::{check_owner, identify, make_dir};
-use super::index::{self, Index, MemoryIndex, SledIndex};
+use super::index::{self, Index};
 use super::journal::{Journal, Known, lsn_at, offset_of, split, write_seal};
 use super::key::{self, IndexState, Usage, segment_of};
 use super::layers::Layers;
@@ -22,10 +23,8 @@ use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
 use rustix::io::fcntl_dupfd_cloexec;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// An index without records that takes more than this on disk is made anew.
-const HUSK: u64 = 16 << 20;
 /// The largest index, on disk, that is taken into memory instead on a full disk.
 const MOST_IN_MEMORY: u64 = 256 << 20;
 /// Memory for replayed records before they go to the index.
@@ -173,166 +172,6 @@ fn serves_in_memory(
     };
     let whole = Recovery::read(&reading, &numbers, None)?;
     Ok(!whole.lost && whole.damage.is_empty())
-}
-
-/// An index and what it says of itself; no state: it is empty, replay the whole journal.
-struct Found {
-    index: Box<dyn Index>,
-    state: Option<IndexState>,
-    /// What it refers to in each segment, as far as it is counted.
-    usage: BTreeMap<u32, Usage>,
-    uncounted: Uncounted,
-    /// It takes much space for nothing: sled gives little back.
-    husk: bool,
-    /// Why there is no state though there was an index.
-    distrust: Option<String>,
-    /// What it had noted of the segments, if it was closed in order.
-    noted: Option<BTreeMap<u32, Usage>>,
-}
-
-impl Found {
-    fn empty(index: impl Index + 'static) -> Self {
-        Self {
-            index: Box::new(index),
-            state: None,
-            usage: BTreeMap::new(),
-            uncounted: Uncounted::NOTHING,
-            husk: false,
-            distrust: None,
-            noted: None,
-        }
-    }
-}
-
-fn find_index(dir: &Path, options: &StoreOptions, uuid: u128) -> Result<Found> {
-    if options.in_memory_index {
-        return Ok(Found::empty(MemoryIndex::default()));
-    }
-    let path = dir.join("index");
-    if !path.exists() {
-        return fresh_index(dir, options);
-    }
-    match trusted_index(&path, options, uuid) {
-        Ok(Some(found)) => Ok(found),
-        Ok(None) => {
-            log::info!("the index was not finished, and is built anew from the journal");
-            fresh_index(dir, options)
-        }
-        // Nothing is wrong with the index, which may have what the journal has lost.
-        Err(error) if error.is_lack() || error.is_full() => Err(error),
-        Err(error) => {
-            log::warn!("the index cannot be used ({error}) and is being rebuilt from the journal");
-            let distrust = Some(error.to_string());
-            Ok(Found {
-                distrust,
-                ..fresh_index(dir, options)?
-            })
-        }
-    }
-}
-
-/// Opens the index; fails if there is any reason to doubt it. `None`: whoever built it died before it was finished.
-fn trusted_index(path: &Path, options: &StoreOptions, uuid: u128) -> Result<Option<Found>> {
-    if SledIndex::is_condemned(path) {
-        return Err(Error::Corrupt("the index could not be read lately".into()));
-    }
-    let index = SledIndex::open(path)?;
-    let Some(state) = index.get(key::STATE)? else {
-        return Ok(None);
-    };
-    let state = IndexState::parse(&state)?;
-    if state.uuid != uuid {
-        return Err(Error::Corrupt("the index belongs to another store".into()));
-    }
-    let noted = noted_usage(&index)?;
-    let exact = state.clean.then(|| noted.clone());
-    let used = |(number, u): (u32, Usage)| {
-        (
-            number,
-            Usage {
-                used: u.used,
-                ..Usage::default()
-            },
-        )
-    };
-    let (usage, uncounted) = if index.allocated() <= options.read_at_open {
-        let uncounted = noted.into_iter().map(used).collect();
-        (counted_usage(&index, uncounted)?, Uncounted::NOTHING)
-    } else if state.clean {
-        (noted, Uncounted::NOTHING)
-    } else {
-        (noted.into_iter().map(used).collect(), Uncounted::all())
-    };
-    let husk = is_husk(&index)?;
-    Ok(Some(Found {
-        index: Box::new(index),
-        state: Some(state),
-        husk,
-        usage,
-        uncounted,
-        distrust: None,
-        noted: exact,
-    }))
-}
-
-/// Whether the index takes much space and refers to nothing.
-fn is_husk(index: &dyn Index) -> Result<bool> {
-    let mut husk = index.allocated() > HUSK;
-    if husk {
-        index.scan(&[], &[u8::MAX], &mut |key, value| {
-            husk = key::footprint(key, value).is_none();
-            Ok(husk)
-        })?;
-    }
-    Ok(husk)
-}
-
-/// What the index has noted of the segments.
-fn noted_usage(index: &dyn Index) -> Result<BTreeMap<u32, Usage>> {
-    let (from, to) = key::usages();
-    let mut noted = BTreeMap::new();
-    index.scan(&from, &to, &mut |key, value| {
-        noted.extend([key::parse_usage(key, value)?]);
-        Ok(true)
-    })?;
-    Ok(noted)
-}
-
-/// Reads the whole index, and adds up what it refers to.
-fn counted_usage(
-    index: &dyn Index,
-    mut usage: BTreeMap<u32, Usage>,
-) -> Result<BTreeMap<u32, Usage>> {
-    index.scan(&[], &[u8::MAX], &mut |key, value| {
-        key::check(key, value)?;
-        if let Some(footprint) = key::footprint(key, value) {
-            usage.entry(footprint.segment).or_default().add(&footprint);
-        }
-        Ok(true)
-    })?;
-    Ok(usage)
-}
-
-/// An empty index in place of whatever there is.
-fn fresh_index(dir: &Path, options: &StoreOptions) -> Result<Found> {
-    if options.in_memory_index {
-        return Ok(Found::empty(MemoryIndex::default()));
-    }
-    let path = remove_index(dir)?;
-    Ok(Found::empty(SledIndex::open(&path)?))
-}
-
-/// Removes the index of the store in `dir`; returns where it was.
-fn remove_index(dir: &Path) -> Result<PathBuf> {
-    let path = dir.join("index");
-    match std::fs::remove_dir_all(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Error::io("cannot remove", &path, &error));
-        }
-        _ => {}
-    }
-    SledIndex::pardon(&path)?;
-    Ok(path)
 }
 
 /// How the journal is read.
