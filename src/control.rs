@@ -67,6 +67,9 @@ pub struct Status {
     pub preimage_bytes: u64,
     /// Of these, the index.
     pub index_bytes: u64,
+    /// The index is in memory until the next mount, as the disk was full.
+    #[serde(default)]
+    pub index_in_memory: bool,
     /// Files without a visible name that a snapshot still shows.
     pub retained_files: u64,
     /// Open files and directories.

@@ -611,3 +611,45 @@ fn a_copy_is_compared_in_everything() {
     expect(&cowfs(&["verify"], &[&alone, &copy]), 0, "0 differences");
     cowfs(&["umount"], &[&alone]).success("umount");
 }
+
+/// What is a hole in both is not read: a file of a tebibyte would take minutes.
+#[test]
+fn a_copy_with_holes_is_compared_at_once() {
+    const SIZE: u64 = 1 << 40;
+    let mount = Mount::new("verify-holes", LIMIT);
+    let fill = |path: &Path| {
+        let file = File::create(path).unwrap();
+        file.set_len(SIZE).unwrap();
+        for (at, byte) in [(0, b'a'), (SIZE / 2 + 7, b'b'), (SIZE - 1, b'c')] {
+            file.write_all_at(&[byte], at).unwrap();
+        }
+        file
+    };
+    let live = fill(&mount.mnt.join("f"));
+    let snapshot = mount.snapshot("k").join("f");
+    live.write_all_at(b"later", SIZE / 4).unwrap();
+    live.write_all_at(b"later", SIZE / 2).unwrap();
+    let copy = mount.root.join("copy");
+    let file = fill(&copy);
+    let verify = || cowfs(&["verify", "--no-times"], &[&snapshot, &copy]);
+    expect(&verify(), 0, "1.0 TiB of content: 0 differences");
+    // Zeros where the snapshot has a hole are the same, in the middle of blocks and at the end of the file.
+    for at in [5 << 30, SIZE - 70_000] {
+        file.write_all_at(&[0; 10_000], at).unwrap();
+    }
+    expect(&verify(), 0, "0 differences");
+    let differing = SIZE / 3 * 2 + 1;
+    file.write_all_at(b"x", differing).unwrap();
+    expect(
+        &verify(),
+        8,
+        &format!("content: differs from byte {differing}"),
+    );
+    file.write_all_at(&[0], differing).unwrap();
+    file.write_all_at(&[0], SIZE / 2 + 7).unwrap();
+    expect(
+        &verify(),
+        8,
+        &format!("content: differs from byte {}", SIZE / 2 + 7),
+    );
+}

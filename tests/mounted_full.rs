@@ -344,17 +344,26 @@ fn what_makes_room_goes_on_after_a_mount_on_a_full_disk() {
         // In the last round also what is set aside, unless the index has been taken into memory before: its space is all that
         // there is then.
         let store = mount.backing.join(".cowfs/store");
+        let says_where_the_index_is = || {
+            let on_disk = store.join("index").is_dir();
+            assert_eq!(status(&mount)["index_in_memory"], !on_disk);
+            let text = cowfs(&["status"], &mount.mnt, &[]).success("status").stdout;
+            assert_eq!(text.contains("index in memory"), !on_disk, "{text}");
+        };
         if round == 2 && store.join("index").is_dir() {
             let _ = fs::remove_file(store.join("reserve"));
             fill();
         }
         mount.mount();
+        says_where_the_index_is();
         for (name, state) in states(&mount) {
             assert_eq!(state, "ok");
             remove_snapshot(&mount.snapshot_path(&name)).unwrap();
         }
         filler.set_len(0).unwrap();
         mount.remount();
+        assert!(store.join("index").is_dir());
+        says_where_the_index_is();
         mount.snapshot_when_there_is_room("after");
         fs::write(mount.mnt.join("after"), vec![1; MIB]).unwrap();
         let in_memory = mount.log().contains("the index is in memory");

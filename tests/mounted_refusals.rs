@@ -8,8 +8,8 @@ mod support;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Signal, kill_process};
 use std::ffi::OsStr;
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -258,7 +258,7 @@ fn a_refused_store_leaves_nothing() {
     mount.mount();
 }
 
-/// A store on another filesystem may be moved to a larger one.
+/// A store on another filesystem may be moved to a larger one, and what is left of it where it was is not taken for it later.
 #[test]
 fn a_store_elsewhere_can_be_moved() {
     let mount = Mount::on_disk_of("moved-store", LIMIT, "ext4", 200);
@@ -277,13 +277,19 @@ fn a_store_elsewhere_can_be_moved() {
     cowfs(&words(&["umount"], &[&mnt])).success("umount");
     let mut cp = Command::new("cp");
     run(cp.arg("-a").args([&here, &there]), LIMIT).success("cp -a");
-    fs::remove_dir_all(&here).unwrap();
     for _ in 0..2 {
         cowfs(&words(&["mount", "-o", &with(&there)], &[&a, &mnt])).success("mount");
         let kept = fs::read(mnt.join(".snapshots/s/f"));
         cowfs(&words(&["umount"], &[&mnt])).success("umount");
         assert_eq!(kept.unwrap(), b"old");
+        for command in [
+            words(&["mount", "-o", &with(&here)], &[&a, &mnt]),
+            words(&["check", "-o", &with(&here)], &[&a]),
+        ] {
+            refused(&command, 6, &["an older state", "used last"]);
+        }
     }
+    cowfs(&words(&["check", "-o", &with(&there)], &[&a])).success("check");
     mount.mount();
 }
 
@@ -419,6 +425,16 @@ fn a_lost_session_file_is_no_older_store() {
         assert!(list.stdout.contains("suspect"), "{}", list.stdout);
         mount.umount();
     }
+    // Nor is one of which a write was torn, or that is damaged.
+    let session = mount.backing.join(".cowfs/store/journal/session");
+    for slots in [&[0][..], &[4096], &[0, 4096]] {
+        for slot in slots {
+            let file = File::options().write(true).open(&session).unwrap();
+            file.write_all_at(b"x", slot + 30).unwrap();
+        }
+        mount.mount();
+        mount.umount();
+    }
     mount.mount();
 }
 
@@ -471,19 +487,22 @@ fn a_store_that_does_not_say_whose_it_is() {
     let hidden = mount.backing.join(".cowfs");
     let (mark, new) = (hidden.join("store-id"), hidden.join(".tmp-store-id"));
     let lines = || fs::read_to_string(&mark).unwrap().lines().count();
-    assert_eq!(lines(), 5);
+    assert_eq!(lines(), 6);
     let text = fs::read_to_string(&mark).unwrap();
     fs::write(&mark, &text[..33]).unwrap();
     // In the way of writing.
     fs::create_dir(&new).unwrap();
-    for expected in [1, 5] {
+    for expected in [1, 6] {
         mount.mount();
         assert!(mount.mnt.join(".snapshots/s").is_dir());
         mount.umount();
         assert_eq!(lines(), expected);
         let _ = fs::remove_dir(&new);
     }
-    assert_eq!(fs::read_to_string(&mark).unwrap(), text);
+    // The last line says how often the store was in use.
+    let now = fs::read_to_string(&mark).unwrap();
+    let but_last = |text: &str| text[..text.find("sequence").unwrap()].to_owned();
+    assert_eq!(but_last(&now), but_last(&text));
     mount.mount();
 }
 

@@ -96,7 +96,10 @@ fn rows(root: &Path, status: &Status) -> Vec<(&'static str, String)> {
                 output::size(status.store_bytes),
                 output::printable(status.store.as_ref()),
                 output::size(status.preimage_bytes),
-                output::size(status.index_bytes)
+                match status.index_in_memory {
+                    true => "in memory".into(),
+                    false => output::size(status.index_bytes),
+                }
             ),
         ),
         ("space", space(status)),

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// Bytes of content compared at once.
@@ -235,9 +235,7 @@ impl Compare<'_> {
             self.links(path, &a, &b);
         }
         match kind {
-            FileType::RegularFile => {
-                self.content(path, &ours, &theirs, (a.stx_size, b.stx_size))?
-            }
+            FileType::RegularFile => self.content(path, &ours, &theirs, (&a, &b))?,
             FileType::Symlink => {
                 let target = |path: &Path| -> Result<String> {
                     let target = rustix::fs::readlink(path, Vec::new());
@@ -313,16 +311,27 @@ impl Compare<'_> {
         path: &Path,
         ours: &Path,
         theirs: &Path,
-        sizes: (u64, u64),
+        looked_at: (&Statx, &Statx),
     ) -> Result<()> {
-        if sizes.0 != sizes.1 {
-            self.differ_if(path, "size", sizes.0, sizes.1);
+        let (size, other) = (looked_at.0.stx_size, looked_at.1.stx_size);
+        if size != other {
+            self.differ_if(path, "size", size, other);
             return Ok(());
         }
+        let sparse = is_sparse(looked_at.0) && is_sparse(looked_at.1);
         let (mut a, mut b) = (open(ours)?, open(theirs)?);
         let (mut left, mut right) = (vec![0; PIECE], vec![0; PIECE]);
         let mut at = 0;
         loop {
+            if sparse {
+                let next = next_data(&a, at, size).min(next_data(&b, at, size));
+                self.bytes += next - at;
+                at = next;
+                for (file, path) in [(&mut a, ours), (&mut b, theirs)] {
+                    let moved = file.seek(SeekFrom::Start(at));
+                    moved.map_err(|e| Error::io("cannot read", path, &e))?;
+                }
+            }
             let (n, m) = (
                 fill(&mut a, &mut left, ours)?,
                 fill(&mut b, &mut right, theirs)?,
@@ -380,6 +389,20 @@ fn open(path: &Path) -> Result<File> {
     let fd = rustix::fs::open(path, flags, Mode::empty());
     fd.map(File::from)
         .map_err(|e| Error::path("cannot open", path, e))
+}
+
+/// Whether a file has fewer blocks than its size takes, so that it has holes to look for.
+fn is_sparse(st: &Statx) -> bool {
+    st.stx_blocks * 512 < st.stx_size
+}
+
+/// Where the first data at or after `at` begins, `size` if there is only a hole. A filesystem that cannot tell has data.
+fn next_data(file: &File, at: u64, size: u64) -> u64 {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+        Ok(data) => data.clamp(at, size.max(at)),
+        Err(Errno::NXIO) => size.max(at),
+        Err(_) => at,
+    }
 }
 
 /// Reads until the buffer is full or the file ends.

@@ -8,7 +8,7 @@ use super::backing::{self, Backing};
 use crate::error::{Error, Result};
 use crate::store::{ObjectHandle, Store, Timestamp};
 use crate::sys;
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
@@ -30,6 +30,9 @@ struct Mark {
     /// newer one by name makes it anew. Not of a store on another filesystem: it may be moved to a larger one, and handles
     /// there need not last.
     session: Option<ObjectHandle>,
+    /// How often the session file had been written when this was: who has an older state of the store, as a copy that is
+    /// not in use any more, is told.
+    sequence: Option<u64>,
 }
 
 impl Mark {
@@ -56,6 +59,7 @@ impl Mark {
             born: backing.hidden_birth()?,
             root: Some(backing.root_entry().handle.clone()),
             session: session_of(backing, at)?.map(|(handle, _)| handle),
+            sequence: store.sequence(),
         })
     }
 
@@ -75,6 +79,7 @@ impl Mark {
                 ("born", time) => mark.born = Some(parse_time(time)?),
                 ("root", handle) => mark.root = Some(parse_handle(handle)?),
                 ("session", handle) => mark.session = Some(parse_handle(handle)?),
+                ("sequence", number) => mark.sequence = Some(number.parse().ok()?),
                 _ => {}
             }
         }
@@ -106,6 +111,7 @@ impl Mark {
                 .as_ref()
                 .map(|file| format!("session {}", handle(file))),
         );
+        text.extend(self.sequence.map(|number| format!("sequence {number}\n")));
         text
     }
 
@@ -134,6 +140,14 @@ impl Mark {
             _ => Ok(true),
         }
     }
+
+    /// Whether the store at `at` is an older state of the one that was last in use here.
+    fn is_older(&self, at: &Path) -> Result<bool> {
+        let Some(noted) = self.sequence else {
+            return Ok(false);
+        };
+        Ok(sequence_of(at, self.store)?.is_some_and(|found| found < noted))
+    }
 }
 
 fn parse_handle(text: &str) -> Option<ObjectHandle> {
@@ -154,15 +168,27 @@ fn parse_time(text: &str) -> Option<Timestamp> {
     })
 }
 
-/// The session file of the store at `at` and its handle, if there is one that is in use and on the filesystem of the
-/// directory. One that somebody has made by opening the store, without a session, is empty.
-fn session_of(backing: &Backing, at: &Path) -> Result<Option<(ObjectHandle, OwnedFd)>> {
+/// The session file of the store at `at`, if there is one.
+fn open_session(at: &Path) -> Result<Option<File>> {
     let path = at.join("journal/session");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match rustix::fs::open(&path, flags, Mode::empty()) {
-        Ok(file) => file,
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
-        Err(errno) => return Err(Error::path("cannot open", &path, errno)),
+    match rustix::fs::open(&path, flags, Mode::empty()) {
+        Ok(file) => Ok(Some(file.into())),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+        Err(errno) => Err(Error::path("cannot open", &path, errno)),
+    }
+}
+
+/// What the session file of the store `uuid` at `at` says of how often it was written.
+fn sequence_of(at: &Path, uuid: u128) -> Result<Option<u64>> {
+    Ok(open_session(at)?.and_then(|file| Store::sequence_in(&file, uuid)))
+}
+
+/// The session file of the store at `at` and its handle, if there is one that is in use and on the filesystem of the
+/// directory. One that somebody has made by opening the store, without a session, is empty.
+fn session_of(backing: &Backing, at: &Path) -> Result<Option<(ObjectHandle, File)>> {
+    let Some(file) = open_session(at)? else {
+        return Ok(None);
     };
     let here = sys::device(backing.root())? == sys::device(file.as_fd())?;
     if !here || rustix::fs::fstat(&file)?.st_size == 0 {
@@ -189,6 +215,8 @@ const OF_ANOTHER: &str = "is that of another directory, of which this one is a c
     snapshots cannot be read here. `cowfs destroy --yes` makes it a plain directory";
 const PUT_BACK: &str = "was put back from a backup: its snapshots are of files that are not here. \
     `cowfs destroy --yes` makes the directory a plain one";
+const OLDER: &str = "is an older state of the store of this directory, put back from a backup or a copy that is not in use any \
+    more: its snapshots would be wrong. Pass the store= that was used last, or give them up: `cowfs destroy --yes`";
 const ELSEWHERE: &str = "is not the store of this directory, whose snapshots are kept elsewhere; pass the same store= as before \
     (or give them up: `cowfs destroy --yes`)";
 
@@ -208,6 +236,9 @@ pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
         {
             Err(refusal(shown, PUT_BACK))
         }
+        Some(mark) if Store::uuid_at(store) == Some(mark.store) && mark.is_older(store)? => {
+            Err(refusal(shown, OLDER))
+        }
         Some(_) => Ok(()),
     }
 }
@@ -223,13 +254,19 @@ pub fn forget_lost_session(backing: &Backing, at: &Path) -> Result<()> {
 
 fn forget_in(backing: &Backing, at: &Path) -> Result<()> {
     let hidden = backing.hidden_path();
-    let forgotten = match Mark::read(&hidden)? {
-        Some(mark) if mark.session.is_some() && session_of(backing, at)?.is_none() => Mark {
-            session: None,
-            ..mark
-        },
-        _ => return Ok(()),
+    let Some(mark) = Mark::read(&hidden)? else {
+        return Ok(());
     };
+    let is_there = session_of(backing, at)?.is_some();
+    let says = sequence_of(at, mark.store)?.is_some();
+    let forgotten = Mark {
+        session: mark.session.clone().filter(|_| is_there),
+        sequence: mark.sequence.filter(|_| says),
+        ..mark.clone()
+    };
+    if forgotten == mark {
+        return Ok(());
+    }
     let path = path_of(&hidden);
     write_durably(&path, forgotten.text().as_bytes())
         .map_err(|e| Error::io("cannot write", &path, &e))
@@ -266,10 +303,20 @@ fn pair_in(backing: &Backing, store: &Store, at: &Path, shown: &Path) -> Result<
     let path = path_of(&hidden);
     match Mark::read(&hidden)? {
         Some(old) if old == mark => Ok(()),
-        Some(_) => {
+        Some(old) => {
+            let is_of_it = Mark {
+                sequence: mark.sequence,
+                ..old
+            } == mark;
             // It was good enough so far, and the disk may be full.
             if let Err(error) = write_durably(&path, mark.text().as_bytes()) {
-                log::warn!(
+                let level = if is_of_it {
+                    log::Level::Debug
+                } else {
+                    log::Level::Warn
+                };
+                log::log!(
+                    level,
                     "{}: that it is of this directory cannot be noted: {error}",
                     shown.display()
                 );
@@ -318,6 +365,7 @@ mod tests {
                 born: Some(Timestamp { sec: -3, nsec: 7 }),
                 root: Some(handle.clone()),
                 session: Some(handle),
+                sequence: Some(u64::MAX),
                 ..mark
             };
             assert_eq!(Mark::parse(&whole.text()).as_ref(), Some(&whole));
@@ -340,6 +388,7 @@ mod tests {
             "1\n81:00\nroot\n",
             "1\n81:00\nroot 81\n",
             "1\n81:00\nborn 7\n",
+            "1\n81:00\nsequence x\n",
         ] {
             assert_eq!(Mark::parse(damaged), None, "{damaged:?}");
         }

@@ -131,6 +131,7 @@ fn status(mounts: &SnapshotMounts, snapshot: Option<String>) -> Status {
         store_bytes: stats.journal_bytes + stats.index_bytes,
         preimage_bytes: stats.live_payload_bytes,
         index_bytes: stats.index_bytes,
+        index_in_memory: stats.index_in_memory,
         retained_files: engine
             .store()
             .retained_all()

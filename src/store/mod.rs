@@ -99,9 +99,11 @@ pub struct Store {
     _lock: OwnedFd,
 }
 
-/// What opening found, for [`Store::check`].
+/// What opening found, for [`Store::check`] and [`Store::stats`].
 #[derive(Debug, Default)]
 struct Opened {
+    /// The index is in memory.
+    in_memory: bool,
     /// Why the index that there was could not be used.
     distrust: Option<String>,
     /// What an index that was closed in order had noted of the segments; gone once anything changes.
@@ -354,6 +356,7 @@ impl Store {
         StoreStats {
             journal_bytes: allocated.sum(),
             index_bytes: self.layers.index.allocated(),
+            index_in_memory: self.opened.in_memory,
             live_payload_bytes: known.values().map(|k| k.usage.payload).sum(),
             segments: known.len() as u64,
             records: known.values().map(|k| k.usage.records).sum(),

@@ -347,7 +347,7 @@ impl Recovery {
         }
         let preface = Record::Table(table.clone());
         let next = self.highest + 1;
-        let count_step = options.count_step;
+        let (count_step, in_memory) = (options.count_step, options.in_memory_index);
         let journal = Journal::new(media, uuid, options, self.end, next, preface);
         let rebuilt = self.state.is_none() && !self.logs.is_empty();
         // What a cut that was given up has left is walked with the snapshots around it, if there are any.
@@ -367,6 +367,7 @@ impl Recovery {
             damage: Mutex::new(Vec::new()),
             reserved: AtomicBool::new(false),
             opened: Opened {
+                in_memory,
                 distrust: found.distrust,
                 noted: Mutex::new(found.noted),
                 lost: self.lost && doubt.is_some(),

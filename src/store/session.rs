@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use rustix::io::Errno;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 /// Two slots, written in turn: one that is torn leaves the other, with what held before.
@@ -157,6 +159,30 @@ pub fn boot_id() -> Result<u128> {
 }
 
 impl Store {
+    /// How often the session file of the store `uuid`, open as `file`, was written, as far as it says. Each session writes
+    /// it, so an older state of the store has a smaller number. `None` if it holds nothing, or one of its slots is
+    /// damaged.
+    #[must_use]
+    pub fn sequence_in(file: &File, uuid: u128) -> Option<u64> {
+        let mut last = None;
+        for slot in 0..2 {
+            let mut bytes = [0; LEN];
+            let read = file.read_at(&mut bytes, slot * SLOT).ok()?;
+            match State::decode(&bytes[..read], uuid) {
+                Some(state) => last = last.max(Some(state.sequence)),
+                None if bytes.iter().all(|byte| *byte == 0) => {}
+                None => return None,
+            }
+        }
+        last
+    }
+
+    /// The same of this store; `None` if no sessions are kept.
+    #[must_use]
+    pub fn sequence(&self) -> Option<u64> {
+        self.session.written.lock().map(|state| state.sequence)
+    }
+
     /// Makes `next`, numbered anew, what the session file says, durably.
     fn write_session(&self, written: &mut Option<State>, next: State) -> Result<()> {
         let session = &self.session;

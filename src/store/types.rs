@@ -294,6 +294,8 @@ pub struct StoreStats {
     pub journal_bytes: u64,
     /// Bytes that the index has allocated on disk.
     pub index_bytes: u64,
+    /// The index is in memory, not on disk.
+    pub index_in_memory: bool,
     /// Bytes of kept data that some snapshot may still need.
     pub live_payload_bytes: u64,
     /// Segments of the journal.
