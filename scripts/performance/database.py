@@ -3,7 +3,7 @@ import glob, os, pwd, re, shutil, subprocess, time
 
 import sides as mounts
 from sides import Failure, run
-from speed import in_turn
+from speed import FLOOR, in_turn
 
 CONFIG = """listen_addresses = ''
 unix_socket_directories = '%s'
@@ -98,6 +98,7 @@ def pgbench(bench):
     sides.append(mounts.Cowfs("cowfs strict", disk, bench.cowfs, bench.modes[0][1] + ["durability=strict"]))
     if bench.sizes["peers"]:
         sides += [mounts.Bindfs("bindfs", disk), mounts.Mergerfs("mergerfs", disk), mounts.FuseOverlayfs("fuse-overlayfs", disk)]
+    sides.append(mounts.FloorOnDisk(FLOOR, disk, bench.floor))
     try:
         for number, side in enumerate(sides):
             bench.say("pgbench: a database of scale %d on %s" % (scale, side.name))
@@ -126,7 +127,7 @@ def slice_of(bench, server, seconds):
         path = side.snapshot("pg")
         os.mkdir(path)
         try:
-            then(os.path.join(path, "pgdata"), process)
+            then(os.path.join(side.shows("pg"), "pgdata"), process)
         finally:
             os.rmdir(path)
 
@@ -146,10 +147,10 @@ def slice_of(bench, server, seconds):
         stretch([copy], lambda process: copied(server.data, process))
         stretch([kept, none], lambda process: left(None, process))
         return
-    modes = [name for name, _, _ in bench.modes]
-    if side.name in modes:
+    with_copy = [FLOOR] + [name for name, _, _ in bench.modes]
+    if side.name in with_copy:
         stretch([copy], lambda process: snapshot(process, copied))
     if isinstance(side, mounts.Cowfs):
         stretch([kept], lambda process: snapshot(process, left))
-    if side.name in modes or not isinstance(side, mounts.Cowfs):
+    if side.name in with_copy or not isinstance(side, mounts.Cowfs):
         stretch([none], lambda process: left(None, process))

@@ -15,6 +15,10 @@ ASKED = {
     "sequential read 1M, cold", "sequential write 1M + fsync", "random write 4k, 1 file", "random write 4k, 4 files", "8k write + fsync each",
     "append of 100 bytes", "stat, first", "open + read 4k + close", "find -ls", "tar", "cp -a", "create + write 4k + close", "rename", "unlink",
 }
+#: Rows in which no filesystem is asked: the kernel answers from what it has in its cache, of all FUSE filesystems alike.
+ANSWERED_BY_THE_KERNEL = {"sequential read 1M, warm", "random read 4k, 1 file", "random read 4k, 4 files", "stat, again"}
+#: The FUSE filesystems that cowfs is to leave behind.
+PEERS = ("bindfs", "mergerfs", "fuse-overlayfs")
 #: A computed column: an operation takes what it takes on the floor, and what it takes on the bare directory.
 BOTH = "floor + bare"
 
@@ -94,6 +98,25 @@ class Results:
                 sides = list(dict.fromkeys(figure["side"] for figure in figures))
                 names = list(dict.fromkeys((figure["row"], figure["unit"]) for figure in figures))
                 yield group, [group, "unit", *sides, "goal", "missed by"], [self._figure_row(figures, name, unit, sides) for name, unit in names]
+        compared = self.against_peers()
+        if compared[-1]:
+            yield compared
+
+    def against_peers(self):
+        """(title, head, rows) of a table of cowfs and the fastest FUSE peer in each row, relative to the bare directory, and in
+        how many rounds cowfs was the faster of the two."""
+        head, rows = ["against the FUSE peers", "cowfs", "fastest peer", "", "cowfs ahead by", "rounds ahead", ""], []
+        for (group, row), entry in self.speeds.items():
+            ratios = self.ratios(group, row)
+            peers = [side for side in PEERS if side in ratios]
+            if not peers or "cowfs" not in ratios:
+                continue
+            best = max(peers, key=ratios.get)
+            pairs = list(zip(entry["samples"]["cowfs"], entry["samples"][best]))
+            note = "the kernel alone answers" if row in ANSWERED_BY_THE_KERNEL else ""
+            rows.append([row, "%.2f" % ratios["cowfs"], best, "%.2f" % ratios[best], "%+.0f %%" % (100 * (ratios["cowfs"] / ratios[best] - 1)),
+                         "%d of %d" % (sum(ours > theirs for ours, theirs in pairs), len(pairs)), note])
+        return "against the FUSE peers", head, rows
 
     def _speed_row(self, group, row, sides):
         ratios, goal, unit = self.ratios(group, row), RATIO_GOALS.get(row), self.speeds[group, row]["unit"]

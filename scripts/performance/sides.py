@@ -227,6 +227,8 @@ class Cowfs(Side):
     def snapshot(self, name):
         return os.path.join(self.dir, ".snapshots", name)
 
+    shows = snapshot
+
     def status(self):
         return json.loads(run(self.binary, "status", "--json", self.dir))
 
@@ -242,6 +244,21 @@ class Floor(Side):
 
     def mount(self):
         self.process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+class FloorOnDisk(Floor):
+    """Keeps bytes, and the old ones of what is overwritten while there is a snapshot. Nobody can read a snapshot."""
+
+    def __init__(self, name, disk, binary):
+        super().__init__(name, disk, binary, "--files", os.path.join(disk.path, "files"))
+        os.mkdir(self.words[-1])
+
+    def snapshot(self, name):
+        return os.path.join(self.dir, ".snapshots", name)
+
+    def shows(self, _):
+        """What to copy in place of a snapshot."""
+        return self.dir
 
 
 class Bindfs(Side):

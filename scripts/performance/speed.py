@@ -4,6 +4,8 @@ import json, os, shutil, subprocess, sys, time
 import sides as mounts
 from sides import Failure, run
 
+#: The column of a floor that keeps bytes.
+FLOOR = "floor on disk"
 HERE = os.path.dirname(os.path.realpath(__file__))
 MIB = 1 << 20
 
@@ -21,6 +23,7 @@ class Bench:
     def __init__(self, sizes, load, results, work):
         self.sizes, self.binary, self.results, self.work = sizes, load, results, work
         self.disk, self.sides, self.dead, self.skipped = None, [], set(), set()
+        self.round = self.turns = 0
 
     def load(self, what, limit=120, **options):
         words = [self.binary, what]
@@ -34,7 +37,7 @@ class Bench:
     def each(self, group, row, which, measure, unit):
         """Measures a row on every side in turn, beginning with another one each round. `measure(side)` gives the speed."""
         which = [side for side in which if side.name not in self.dead and (row, side.name) not in self.skipped and row not in side.cannot]
-        for side in in_turn(which, self.round, self.sizes["rounds"]):
+        for side in in_turn(which, self.round, self.turns):
             try:
                 self.results.speed(group, row, side.name, measure(side), unit)
             except Failure as failure:
@@ -48,8 +51,9 @@ class Bench:
             self.dead.add(side.name)
             side.abort()
 
-    def rounds(self):
-        for self.round in range(self.sizes["rounds"]):
+    def rounds(self, at_least=0):
+        self.turns = max(self.sizes["rounds"], at_least)
+        for self.round in range(self.turns):
             yield self.round
 
     # The tree and the files that all measurements use: the same way everywhere, and with the page cache filled the same way.
@@ -74,7 +78,7 @@ class Bench:
     def refill_cache(self):
         """Has the page cache hold the files of data anew, in turn: whoever is first gets pages all over the memory, whoever is
         last pages that lie one after the other, and a warm read of these takes half the time."""
-        for side in in_turn(self.sides, self.round, self.sizes["rounds"]):
+        for side in in_turn(self.sides, self.round, self.turns):
             if side.name not in self.dead:
                 self.fill_cache(side)
 
@@ -106,12 +110,15 @@ def data(bench):
     def cold(side):
         return megabytes(bench.load("sequential-read", dir=os.path.join(side.dir, "cold"), cold=os.path.join(side.backing, "cold"), files=1))
 
-    rows = [
-        ("sequential read 1M, cold", cold, "MiB/s"),
+    # What the kernel answers by itself depends on where its pages lie, so each side is once in each place of the order.
+    kernel = [
         ("sequential read 1M, warm", lambda side: megabytes(bench.load("sequential-read", dir=side.dir, files=4)), "MiB/s"),
-        ("sequential write 1M + fsync", lambda side: megabytes(bench.load("sequential-write", dir=side.dir, size=4 * size)), "MiB/s"),
         ("random read 4k, 1 file", loop("random-read", 1), "/s"),
         ("random read 4k, 4 files", loop("random-read", 4), "/s"),
+    ]
+    asked = [
+        ("sequential read 1M, cold", cold, "MiB/s"),
+        ("sequential write 1M + fsync", lambda side: megabytes(bench.load("sequential-write", dir=side.dir, size=4 * size)), "MiB/s"),
         ("random write 4k, 1 file", loop("random-write", 1), "/s"),
         ("random write 4k, 4 files", loop("random-write", 4), "/s"),
         ("8k write + fsync each", loop("sync-write", 1), "/s"),
@@ -120,10 +127,15 @@ def data(bench):
         ("append of 100 bytes", loop("append", 1), "/s"),
         ("mmap writes + msync", mapped, "/s"),
     ]
+    for number in bench.rounds(len(bench.sides)):
+        bench.say("data in the cache, round %d" % (number + 1))
+        bench.refill_cache()
+        for row, measure, unit in kernel:
+            bench.each("data", row, bench.sides, measure, unit)
     for number in bench.rounds():
         bench.say("data, round %d" % (number + 1))
         bench.refill_cache()
-        for row, measure, unit in rows:
+        for row, measure, unit in asked:
             bench.each("data", row, bench.sides, measure, unit)
             # Direct I/O has emptied the page cache of that file.
             if row == "direct write 4k":
@@ -190,7 +202,7 @@ def metadata(bench):
             return None
         # These three belong together on each side.
         which = [side for side in readers if side.name not in bench.dead]
-        for side in in_turn(which, number, bench.sizes["rounds"]):
+        for side in in_turn(which, number, bench.turns):
             try:
                 three(side)
             except Failure as failure:
@@ -238,22 +250,25 @@ def first_touch(bench):
     size, blocks = bench.sizes["file"], bench.sizes["touched"]
     ours = [side for side in bench.sides if side.name not in bench.dead and isinstance(side, mounts.Cowfs) and not side.snapshots]
     bare = [side for side in bench.sides if side.name == "bare"]
-    others = []
+    floor, others = mounts.FloorOnDisk(FLOOR, bench.disk, bench.floor), []
     try:
+        floor.start()
+        bench.load("fill", dir=floor.dir, files=1, size=size)
+        bench.load("sequential-read", dir=floor.dir, files=1)
         for name, kind in (("btrfs", "btrfs"), ("xfs reflink", "xfs")):
             others.append(Copier(bench, name, kind, 4))
             bench.load("fill", dir=others[-1].dir, files=1, size=size)
         quotients = {}
         for number in bench.rounds():
             for label, count, more in (("4k", blocks, {}), ("4k + fdatasync", max(20, blocks // 40), {"sync": 1})):
-                for side in bare + ours + others:
+                for side in bare + ours + [floor] + others:
                     options = dict(dir=side.dir, size=size, blocks=count, seed=number, **more)
                     if isinstance(side, Copier):
                         tag = "%d%d" % (number, bool(more))
                         run("sh", "-ec", side.create().replace("%", tag))
                         line = bench.load("once", **options)
                         run("sh", "-ec", side.remove().replace("%", tag))
-                    elif side in ours:
+                    elif side is floor or side in ours:
                         name = side.snapshot("once-%d" % number)
                         line = bench.load("once", cut=name, **options)
                         os.rmdir(name)
@@ -267,5 +282,6 @@ def first_touch(bench):
             limit = 1.5 if label == "4k" and name.startswith("cowfs") else None
             bench.results.figure("first touch", "time of %s first / second" % label, name, values[len(values) // 2], "", limit, values)
     finally:
+        floor.stop()
         for other in others:
             other.close()

@@ -1,8 +1,12 @@
 //! The floor of FUSE: a filesystem that keeps names and sizes in memory and answers every request at once. Bytes
 //! written are dropped, bytes read are zeros. What `scripts/bench` measures on it no FUSE filesystem on this kernel,
 //! with this library, can do faster. Idle processors poll while requests come, where they do so for cowfs.
+//!
+//! With `--files DIR` it keeps bytes there (`disk.rs`). A directory made in `.snapshots` is a snapshot then.
 
 #![allow(clippy::unwrap_used, reason = "a measurement may panic")]
+
+mod disk;
 
 use cowfs::config::Idle;
 use cowfs::fuse::idle::Polling;
@@ -14,21 +18,28 @@ use fuser::{
 };
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::ops::Bound::{Excluded, Unbounded};
-use std::sync::{Mutex, MutexGuard};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 const LARGEST: usize = 1 << 20;
-const USAGE: &str = "usage: floor MOUNTPOINT [--writeback] [--no-open] [--threads N]";
+const USAGE: &str = "usage: floor MOUNTPOINT [--writeback] [--no-open] [--threads N] [--files DIR]";
 /// A handle: the floor keeps nothing for an open file.
 const HANDLE: FileHandle = FileHandle(0);
+/// The directory of snapshots, if bytes are kept.
+const SNAPSHOTS: u64 = 2;
 
 #[derive(Default)]
 struct Node {
     directory: bool,
     mode: u16,
+    owner: (u32, u32),
     size: u64,
+    /// Where its bytes are, if they are kept.
+    file: Option<Arc<File>>,
     /// Of a directory: where each name is in `entries`.
     places: HashMap<OsString, u64>,
     /// Of a directory: names and nodes in the order in which they came.
@@ -65,8 +76,8 @@ impl Node {
             kind: kind(self.directory),
             perm: self.mode & 0o7777,
             nlink: 1,
-            uid: 0,
-            gid: 0,
+            uid: self.owner.0,
+            gid: self.owner.1,
             rdev: 0,
             blksize: 4096,
             flags: 0,
@@ -86,6 +97,7 @@ struct Floor {
     polling: Option<Polling>,
     nodes: Mutex<HashMap<u64, Node>>,
     zeros: Vec<u8>,
+    disk: Option<disk::Disk>,
     writeback: bool,
     no_open: bool,
 }
@@ -103,12 +115,22 @@ impl Floor {
         }
     }
 
-    fn make(&self, parent: INodeNo, name: &OsStr, directory: bool, mode: u32) -> FileAttr {
+    fn make(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        directory: bool,
+        mode: u32,
+    ) -> FileAttr {
         let mut nodes = self.nodes();
         let number = nodes.len() as u64 + 1;
+        let disk = self.disk.as_ref().filter(|_| !directory);
         let node = Node {
             directory,
             mode: (mode & 0o7777) as u16,
+            owner: (req.uid(), req.gid()),
+            file: disk.map(|disk| disk.create(number).unwrap()),
             ..Node::default()
         };
         let attr = node.attr(number);
@@ -117,6 +139,19 @@ impl Floor {
             parent.add(name, number);
         }
         attr
+    }
+
+    /// There is a snapshot from now on, or none, if that directory is one.
+    fn snapshot(&self, parent: INodeNo, is_there: bool) {
+        if let Some(disk) = self.disk.as_ref().filter(|_| parent.0 == SNAPSHOTS) {
+            disk.snapshot(is_there);
+        }
+    }
+
+    /// A node and its file, if its bytes are kept.
+    fn kept(&self, ino: INodeNo) -> Option<(&disk::Disk, Arc<File>)> {
+        let disk = self.disk.as_ref()?;
+        Some((disk, self.nodes().get(&ino.0)?.file.clone()?))
     }
 
     fn remove(&self, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -197,8 +232,8 @@ impl Filesystem for Floor {
         _req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
-        _uid: Option<u32>,
-        _gid: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
         size: Option<u64>,
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
@@ -213,6 +248,10 @@ impl Filesystem for Floor {
         match self.nodes().get_mut(&ino.0) {
             Some(node) => {
                 node.size = size.unwrap_or(node.size);
+                node.owner = (uid.unwrap_or(node.owner.0), gid.unwrap_or(node.owner.1));
+                if let (Some(size), Some(file)) = (size, &node.file) {
+                    file.set_len(size).unwrap();
+                }
                 node.mode = mode.map_or(node.mode, |mode| (mode & 0o7777) as u16);
                 reply.attr(&FOREVER, &node.attr(ino.0));
             }
@@ -222,20 +261,21 @@ impl Filesystem for Floor {
 
     fn mkdir(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        let attr = self.make(parent, name, true, mode);
+        let attr = self.make(req, parent, name, true, mode);
+        self.snapshot(parent, true);
         reply.entry(&FOREVER, &attr, Generation(0));
     }
 
     fn create(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
@@ -243,7 +283,7 @@ impl Filesystem for Floor {
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        let attr = self.make(parent, name, false, mode);
+        let attr = self.make(req, parent, name, false, mode);
         reply.created(
             &FOREVER,
             &attr,
@@ -257,7 +297,23 @@ impl Filesystem for Floor {
         self.remove(parent, name, reply);
     }
 
+    fn link(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        newparent: INodeNo,
+        newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        let mut nodes = self.nodes();
+        if let Some(parent) = nodes.get_mut(&newparent.0) {
+            parent.add(newname, ino.0);
+        }
+        reply.entry(&FOREVER, &nodes[&ino.0].attr(ino.0), Generation(0));
+    }
+
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.snapshot(parent, false);
         self.remove(parent, name, reply);
     }
 
@@ -295,16 +351,23 @@ impl Filesystem for Floor {
     fn read(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _fh: FileHandle,
-        _offset: u64,
+        offset: u64,
         size: u32,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.count();
-        reply.data(&self.zeros[..size as usize]);
+        let Some((_, file)) = self.kept(ino) else {
+            self.count();
+            return reply.data(&self.zeros[..size as usize]);
+        };
+        let mut bytes = vec![0; size as usize];
+        match file.read_at(&mut bytes, offset) {
+            Ok(n) => reply.data(&bytes[..n]),
+            Err(error) => reply.error(Errno::from(error)),
+        }
     }
 
     fn write(
@@ -319,8 +382,16 @@ impl Filesystem for Floor {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let (mut before, mut file) = (0, None);
         if let Some(node) = self.nodes().get_mut(&ino.0) {
-            node.size = node.size.max(offset + data.len() as u64);
+            before = node.size;
+            node.size = before.max(offset + data.len() as u64);
+            file.clone_from(&node.file);
+        }
+        if let (Some(disk), Some(file)) = (&self.disk, file)
+            && let Err(error) = disk.write(ino.0, &file, before, offset, data)
+        {
+            return reply.error(Errno::from(error));
         }
         reply.written(u32::try_from(data.len()).unwrap());
     }
@@ -339,13 +410,18 @@ impl Filesystem for Floor {
     fn fsync(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _fh: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.count();
-        reply.ok();
+        match self.kept(ino) {
+            Some((disk, file)) => disk.sync(file, reply),
+            None => {
+                self.count();
+                reply.ok();
+            }
+        }
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -402,7 +478,7 @@ impl Filesystem for Floor {
 }
 
 fn main() {
-    let (mut mountpoint, mut threads) = (None, 1);
+    let (mut mountpoint, mut threads, mut files) = (None, 1, None);
     let (mut writeback, mut no_open) = (false, false);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -410,6 +486,7 @@ fn main() {
             "--bench" => {} // from cargo
             "--writeback" => writeback = true,
             "--no-open" => no_open = true,
+            "--files" => files = Some(words.next().expect(USAGE)),
             "--threads" => threads = words.next().and_then(|n| n.parse().ok()).expect(USAGE),
             _ => mountpoint = Some(word),
         }
@@ -418,15 +495,23 @@ fn main() {
         println!("{USAGE}");
         return;
     };
-    let root = Node {
+    let directory = || Node {
         directory: true,
         mode: 0o755,
         ..Node::default()
     };
+    let mut nodes = HashMap::from([(1, directory())]);
+    let disk = files.map(|dir| disk::Disk::new(dir.into()).unwrap());
+    if disk.is_some() {
+        let root = nodes.get_mut(&1).unwrap();
+        root.add(OsStr::new(".snapshots"), SNAPSHOTS);
+        nodes.insert(SNAPSHOTS, directory());
+    }
     let floor = Floor {
         polling: Polling::find(Idle::default()),
-        nodes: Mutex::new(HashMap::from([(1, root)])),
+        nodes: Mutex::new(nodes),
         zeros: vec![0; LARGEST],
+        disk,
         writeback,
         no_open,
     };
