@@ -19,10 +19,11 @@ const SYNCERS: usize = 4;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Since the newest snapshot.
 #[derive(Default)]
 struct Kept {
-    blocks: HashSet<(u64, u64)>,
+    /// Node and number of each block kept since the newest snapshot, if there is one.
+    blocks: Option<HashSet<(u64, u64)>>,
+    /// Of the file of what was kept, which only grows.
     end: u64,
     synced: u64,
 }
@@ -30,7 +31,7 @@ struct Kept {
 pub struct Disk {
     dir: PathBuf,
     old: Arc<File>,
-    kept: Arc<Mutex<Option<Kept>>>,
+    kept: Arc<Mutex<Kept>>,
     syncers: Sender<Job>,
 }
 
@@ -62,7 +63,7 @@ impl Disk {
 
     /// There is a snapshot from now on, or none.
     pub fn snapshot(&self, is_there: bool) {
-        *self.kept.lock().unwrap() = is_there.then(Kept::default);
+        self.kept.lock().unwrap().blocks = is_there.then(HashSet::new);
     }
 
     /// Overwrites `data.len()` bytes of a file that has `size`.
@@ -74,11 +75,12 @@ impl Disk {
         offset: u64,
         data: &[u8],
     ) -> io::Result<()> {
-        if let Some(kept) = self.kept.lock().unwrap().as_mut() {
+        let mut kept = self.kept.lock().unwrap();
+        if let Some(blocks) = &mut kept.blocks {
             let end = size.min(offset + data.len() as u64).div_ceil(BLOCK);
             let mut old = Vec::new();
             for block in offset / BLOCK..end {
-                if kept.blocks.insert((node, block)) {
+                if blocks.insert((node, block)) {
                     let from = old.len();
                     old.resize(from + BLOCK as usize, 0);
                     // The last block of a file may be short.
@@ -90,6 +92,7 @@ impl Disk {
                 kept.end += old.len() as u64;
             }
         }
+        drop(kept);
         to.write_all_at(data, offset)
     }
 
@@ -104,14 +107,15 @@ impl Disk {
     }
 }
 
-fn sync(old: &File, kept: &Mutex<Option<Kept>>, file: &File) -> io::Result<()> {
-    let end = kept.lock().unwrap().as_ref().map(|kept| kept.end);
-    let is_synced = |kept: &Kept| end.is_none_or(|end| kept.synced >= end);
-    if !kept.lock().unwrap().as_ref().is_none_or(is_synced) {
+fn sync(old: &File, kept: &Mutex<Kept>, file: &File) -> io::Result<()> {
+    let (end, synced) = {
+        let kept = kept.lock().unwrap();
+        (kept.end, kept.synced)
+    };
+    if synced < end {
         old.sync_data()?;
-        if let (Some(kept), Some(end)) = (kept.lock().unwrap().as_mut(), end) {
-            kept.synced = kept.synced.max(end);
-        }
+        let mut kept = kept.lock().unwrap();
+        kept.synced = kept.synced.max(end);
     }
     file.sync_data()
 }
