@@ -10,7 +10,7 @@ use rustix::process::{Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use support::cut::remove_snapshot;
@@ -1032,6 +1032,49 @@ fn status_tells_whether_processors_poll() {
     polls(&mount);
     mount.remount_with("idle=halt");
     assert!(!polls(&mount));
+}
+
+/// What a thread of a process says in /proc: the last number of the line that begins with `what`, if there is one.
+fn scheduled(task: &Path, what: &str) -> Option<i64> {
+    let text = fs::read_to_string(task.join("sched")).unwrap();
+    let line = text.lines().find(|line| line.starts_with(what))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+/// Those who wait for an answer do not wait for the turns of the background; the nice value of whoever mounts stays.
+#[test]
+fn request_threads_take_short_turns() {
+    let mount = Mount::new("turns", LIMIT);
+    mount.umount();
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "3"]).arg(cowfs_bin()).arg("mount");
+    run(nice.args([&mount.backing, &mount.mnt]), LIMIT).success("nice cowfs mount");
+    let tasks = format!("/proc/{}/task", mount.server().as_raw_nonzero());
+    let tasks = fs::read_dir(tasks)
+        .unwrap()
+        .map(|task| task.unwrap().path());
+    let named = |task: &PathBuf, name: &str| {
+        fs::read_to_string(task.join("comm")).is_ok_and(|found| found.starts_with(name))
+    };
+    let (requests, others): (Vec<_>, Vec<_>) = tasks.partition(|task| named(task, "fuser"));
+    let upkeep = others
+        .iter()
+        .find(|task| named(task, "cowfs-upkeep"))
+        .unwrap();
+    // Linux before 6.12 has turns of one length.
+    if let Some(ordinary) = scheduled(upkeep, "se.slice") {
+        assert!(ordinary > 100_000, "{ordinary}");
+        assert!(!requests.is_empty());
+        for task in &requests {
+            assert_eq!(scheduled(task, "se.slice"), Some(100_000), "{task:?}");
+        }
+    }
+    // 120 is nice 0.
+    for task in requests.iter().chain([upkeep]) {
+        assert_eq!(scheduled(task, "prio"), Some(123), "{task:?}");
+    }
+    mount.umount();
+    mount.mount();
 }
 
 #[test]

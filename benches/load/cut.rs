@@ -217,6 +217,29 @@ pub fn writers(options: &Options) -> Value {
     json!({"control": summary(&control), "cuts": summary(&cuts)})
 }
 
+/// Has all of `--files` files of `--size` bytes written again, and four threads sync them. Prints how long that took, in
+/// milliseconds, each of `--rounds` times: where the kernel holds writes back, this is what a cut must wait for.
+pub fn write_back(options: &Options) -> Value {
+    let files = open_files(options, &options.path("dir"));
+    let bytes = vec![0x45; usize::try_from(options.number("size")).unwrap()];
+    let rounds = options.number("rounds");
+    let took: Vec<f64> = (0..rounds)
+        .map(|_| {
+            for file in &files {
+                file.write_all_at(&bytes, 0).unwrap();
+            }
+            let start = Instant::now();
+            std::thread::scope(|scope| {
+                for part in files.chunks(files.len().div_ceil(4)) {
+                    scope.spawn(|| part.iter().for_each(|file| file.sync_data().unwrap()));
+                }
+            });
+            milliseconds(&(Duration::ZERO, start.elapsed()))
+        })
+        .collect();
+    json!({"ms": took})
+}
+
 /// Creates `--count` snapshots `--snapshots`/sN one after the other, with nobody writing, and after each overwrites one
 /// block of `data.0`. Prints how long each took, in microseconds.
 pub fn series(options: &Options) -> Value {

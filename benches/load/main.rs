@@ -93,6 +93,7 @@ fn main() {
         "unlink" => files::unlink(&options),
         "cut" => cut::writers(&options),
         "series" => cut::series(&options),
+        "write-back" => cut::write_back(&options),
         "index" => index::index(&options),
         _ => panic!("{what}: {USAGE}"),
     };

@@ -67,7 +67,29 @@ def cut(bench):
         finally:
             side.stop()
             disk.close()
+    if any(cache == "writeback" for _, _, cache in bench.modes):
+        written_back(bench)
     others(bench)
+
+
+def written_back(bench):
+    """What a cut has to wait for at the least where the kernel holds writes back: that a filesystem which answers at once is
+    told what writers have written again since."""
+    disk = mounts.Disk(bench.work, bench.disk.kind, 1)
+    floor = mounts.Floor("floor writeback", disk, bench.floor, "--writeback")
+    try:
+        floor.start()
+        for files, size, _ in bench.sizes["cut"]:
+            if 1 < files <= 1000 and size == 1 << 16:
+                line = bench.load("write-back", dir=floor.dir, files=files, size=size, rounds=9)
+                row = "%s: all of it written back" % label(files, size, 0).rsplit(",", 1)[0]
+                bench.results.figure("cut", row, floor.name, statistics.median(line["ms"]), "ms", None, line["ms"])
+                run("find", floor.dir, "-name", "open.*", "-delete")
+    except Failure as failure:
+        bench.problem(floor, "writing back", failure)
+    finally:
+        floor.stop()
+        disk.close()
 
 
 def others(bench):

@@ -21,6 +21,10 @@ use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use std::time::Duration;
+
+/// The turns of request threads (ARCHITECTURE, "Short turns"): the least that there is.
+const TURN: Duration = Duration::from_micros(100);
 
 /// Mounts as `config` says, or takes over the mount that an earlier server left, and serves it until it is unmounted
 /// (umount(8), SIGTERM or SIGINT) and the store is closed. `ready` is called once the mount answers requests.
@@ -273,7 +277,13 @@ fn run(
                 detach(&config.mountpoint, device);
             }
         });
-        let running = scope.spawn(|| session.run().map_err(failed(config)));
+        let running = scope.spawn(|| {
+            // fuser's threads are started by this one.
+            if let Err(errno) = crate::sys::set_slice(TURN) {
+                log::debug!("request threads wait for a processor as others do: {errno}");
+            }
+            session.run().map_err(failed(config))
+        });
         ready();
         let done = running
             .join()
