@@ -147,7 +147,7 @@ class Results:
     def markdown(self):
         parts = []
         for title, head, rows in self.tables():
-            parts.append("### " + title.capitalize() + "\n")
+            parts.append("### " + title[0].upper() + title[1:] + "\n")
             parts += ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]]
             parts.append("")
         return "\n".join(parts)
