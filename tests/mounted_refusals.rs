@@ -277,18 +277,52 @@ fn a_store_elsewhere_can_be_moved() {
     cowfs(&words(&["umount"], &[&mnt])).success("umount");
     let mut cp = Command::new("cp");
     run(cp.arg("-a").args([&here, &there]), LIMIT).success("cp -a");
-    for _ in 0..2 {
+    let live = disk.join("live");
+    let old_ones_are_refused = |old: &[&Path]| {
+        for store in old {
+            for command in [
+                words(&["mount", "-o", &with(store)], &[&a, &mnt]),
+                words(&["check", "-o", &with(store)], &[&a]),
+            ] {
+                refused(&command, 6, &["an older state", "used last"]);
+            }
+        }
+    };
+    let is_used = |copied: bool| {
         cowfs(&words(&["mount", "-o", &with(&there)], &[&a, &mnt])).success("mount");
         let kept = fs::read(mnt.join(".snapshots/s/f"));
+        if copied {
+            let mut cp = Command::new("cp");
+            run(cp.arg("-a").args([&there, &live]), LIMIT).success("cp -a");
+            fs::write(mnt.join("new"), "what the copy does not know of").unwrap();
+        }
         cowfs(&words(&["umount"], &[&mnt])).success("umount");
         assert_eq!(kept.unwrap(), b"old");
-        for command in [
-            words(&["mount", "-o", &with(&here)], &[&a, &mnt]),
-            words(&["check", "-o", &with(&here)], &[&a]),
-        ] {
-            refused(&command, 6, &["an older state", "used last"]);
-        }
+    };
+    is_used(false);
+    old_ones_are_refused(&[&here]);
+    // One that was copied while it was in use.
+    is_used(true);
+    old_ones_are_refused(&[&here, &live]);
+    // Nothing is forgotten over the store of another directory, nor over a session file that is lost or damaged.
+    let others = mount.backing.join(".cowfs/store");
+    let wrong = with(&others);
+    refused(
+        &words(&["mount", "-o", &wrong], &[&a, &mnt]),
+        6,
+        &["not the store of this directory"],
+    );
+    old_ones_are_refused(&[&here, &live]);
+    let session = there.join("journal/session");
+    for slot in [0, 4096] {
+        let file = File::options().write(true).open(&session).unwrap();
+        file.write_all_at(&[0; 100], slot).unwrap();
+        is_used(false);
+        old_ones_are_refused(&[&here, &live]);
     }
+    fs::remove_file(&session).unwrap();
+    is_used(false);
+    old_ones_are_refused(&[&here, &live]);
     cowfs(&words(&["check", "-o", &with(&there)], &[&a])).success("check");
     mount.mount();
 }

@@ -105,6 +105,7 @@ impl Test {
             log_area: 16 << 10,
             segment_size: 80 << 10,
             boot: None,
+            sequence: 0,
             known: None,
             read_at_open: if index == Index::CountedLater {
                 0

@@ -23,7 +23,7 @@ type Job = Box<dyn FnOnce() + Send>;
 struct Kept {
     /// Node and number of each block kept since the newest snapshot, if there is one.
     blocks: Option<HashSet<(u64, u64)>>,
-    /// Of the file of what was kept, which only grows.
+    /// Of the file of what was kept, which grows as long as there is a snapshot.
     end: u64,
     synced: u64,
 }
@@ -63,7 +63,12 @@ impl Disk {
 
     /// There is a snapshot from now on, or none.
     pub fn snapshot(&self, is_there: bool) {
-        self.kept.lock().unwrap().blocks = is_there.then(HashSet::new);
+        let mut kept = self.kept.lock().unwrap();
+        kept.blocks = is_there.then(HashSet::new);
+        if !is_there {
+            self.old.set_len(0).unwrap();
+            (kept.end, kept.synced) = (0, 0);
+        }
     }
 
     /// Overwrites `data.len()` bytes of a file that has `size`.

@@ -79,8 +79,8 @@ def written_back(bench):
     floor = mounts.Floor("floor writeback", disk, bench.floor, "--writeback")
     try:
         floor.start()
-        for files, size, _ in bench.sizes["cut"]:
-            if 1 < files <= 1000 and size == 1 << 16:
+        for files, size, pace in bench.sizes["cut"]:
+            if 1 < files <= 1000 and size == 1 << 16 and not pace:
                 line = bench.load("write-back", dir=floor.dir, files=files, size=size, rounds=9)
                 row = "%s: all of it written back" % label(files, size, 0).rsplit(",", 1)[0]
                 bench.results.figure("cut", row, floor.name, statistics.median(line["ms"]), "ms", None, line["ms"])

@@ -261,25 +261,29 @@ def first_touch(bench):
     size, blocks = bench.sizes["file"], bench.sizes["touched"]
     ours = [side for side in bench.sides if side.name not in bench.dead and isinstance(side, mounts.Cowfs) and not side.snapshots]
     bare = [side for side in bench.sides if side.name == "bare"]
-    floor, others = mounts.FloorOnDisk(FLOOR, bench.disk, bench.floor), []
+    floor, floors, others = mounts.FloorOnDisk(FLOOR, bench.disk, bench.floor), [], []
     try:
-        floor.start()
-        bench.load("fill", dir=floor.dir, files=1, size=size)
-        bench.load("sequential-read", dir=floor.dir, files=1)
+        try:
+            floor.start()
+            bench.load("fill", dir=floor.dir, files=1, size=size)
+            bench.load("sequential-read", dir=floor.dir, files=1)
+            floors.append(floor)
+        except Failure as failure:
+            bench.problem(floor, "first touch", failure)
         for name, kind in (("btrfs", "btrfs"), ("xfs reflink", "xfs")):
             others.append(Copier(bench, name, kind, 4))
             bench.load("fill", dir=others[-1].dir, files=1, size=size)
         quotients = {}
         for number in bench.rounds():
             for label, count, more in (("4k", blocks, {}), ("4k + fdatasync", max(20, blocks // 40), {"sync": 1})):
-                for side in bare + ours + [floor] + others:
+                for side in bare + ours + floors + others:
                     options = dict(dir=side.dir, size=size, blocks=count, seed=number, **more)
                     if isinstance(side, Copier):
                         tag = "%d%d" % (number, bool(more))
                         run("sh", "-ec", side.create().replace("%", tag))
                         line = bench.load("once", **options)
                         run("sh", "-ec", side.remove().replace("%", tag))
-                    elif side is floor or side in ours:
+                    elif side in ours + floors:
                         name = side.snapshot("once-%d" % number)
                         line = bench.load("once", cut=name, **options)
                         os.rmdir(name)

@@ -26,6 +26,8 @@ struct Unmounted {
     backing: Backing,
     hidden: PathBuf,
     store: PathBuf,
+    /// How often the session file was written at least.
+    sequence: u64,
 }
 
 /// Looks over the directory `source`, which must not be mounted, and its store. Changes nothing.
@@ -65,6 +67,7 @@ impl Unmounted {
     fn options(&self) -> Result<StoreOptions> {
         Ok(StoreOptions {
             boot: Some(session::boot(&self.backing, &self.store)?),
+            sequence: self.sequence,
             ..StoreOptions::default()
         })
     }
@@ -92,9 +95,10 @@ impl Unmounted {
             return Err(Error::Source { path: source, why });
         }
         let backing = Backing::open(&source, None, Reach::AsPermitted)?;
-        pairing::check(&backing, &store, &store)?;
+        let sequence = pairing::check(&backing, &store, &store)?;
         Ok(Self {
             backing,
+            sequence: sequence.unwrap_or(0),
             hidden,
             store,
         })

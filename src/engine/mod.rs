@@ -36,7 +36,7 @@ use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
 use crate::store::media::Media;
 use crate::store::{EntryImage, Store, StoreOptions};
-use crate::sync::{Arc, AtomicBool, Mutex, RwLock};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, RwLock};
 use backing::Backing;
 pub use backing::{Call, Change, Failure, Faults, Reach, Witness};
 use epoch::Epochs;
@@ -109,6 +109,10 @@ pub struct Engine {
     handles: Arc<Handles>,
     backing: Backing,
     store: Store,
+    /// Where the store is, and what the user calls that place.
+    place: (PathBuf, PathBuf),
+    /// Something may have come in through a mount.
+    used: AtomicBool,
     durability: Durability,
     snapshot_dir: Vec<u8>,
     user_snapshots: bool,
@@ -185,12 +189,13 @@ impl Engine {
             Some(path) => path.clone(),
             None => backing.path.join(".cowfs/store"),
         };
-        pairing::check(&backing, &store_path, &shown)?;
+        let sequence = pairing::check(&backing, &store_path, &shown)?;
         pairing::forget_lost_session(&backing, &store_path)?;
         let boot = || session::boot(&backing, &store_path);
         let tuning = StoreOptions {
             known: Some(shown.clone()),
             boot: Some(options.tuning.boot.map_or_else(boot, Ok)?),
+            sequence: sequence.unwrap_or(0),
             ..options.tuning
         };
         let opened = match options.media {
@@ -206,7 +211,7 @@ impl Engine {
         let store = checked.inspect_err(|_| backing.take_back())?;
         let root = backing.root_entry().ino;
         session::begin(&store)?;
-        pairing::pair(&backing, &store, &store_path, &shown)?;
+        pairing::pair(&backing, &store, (&store_path, &shown), false)?;
         let epochs = Arc::new(Epochs::new(store.epoch()));
         let engine = Arc::new(Self {
             cut: Mutex::new(()),
@@ -223,6 +228,8 @@ impl Engine {
             unsettled: Unsettled::default(),
             backing,
             store,
+            place: (store_path, shown),
+            used: AtomicBool::new(false),
             durability: options.durability,
             snapshot_dir: options.snapshot_dir,
             user_snapshots: options.user_snapshots,
@@ -247,6 +254,22 @@ impl Engine {
             upkeep::start(&engine, interval)?;
         }
         Ok(engine)
+    }
+
+    /// To be called before the first request is served: an older state of the store is not accepted from now on. (Not after a
+    /// mount that did not come up: the store may be a copy, and the user goes back to the other.) `again`: an earlier server of
+    /// the mount has noted it.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn serve(&self, again: bool) -> Result<()> {
+        self.used.store(true, Ordering::SeqCst);
+        if again { Ok(()) } else { self.note_use() }
+    }
+
+    fn note_use(&self) -> Result<()> {
+        let (at, shown) = &self.place;
+        pairing::pair(&self.backing, &self.store, (at, shown), true)
     }
 
     /// Where what the kernel holds is written down.
@@ -346,6 +369,11 @@ impl Engine {
         let settled = self
             .settle_snapshots()
             .and_then(|()| self.store.mark_clean());
-        self.store.close().and(settled)
+        self.store.close().and(settled)?;
+        // What was copied while it was in use is older than this.
+        if self.used.load(Ordering::SeqCst) {
+            self.note_use()?;
+        }
+        Ok(())
     }
 }

@@ -30,10 +30,13 @@ struct Mark {
     /// newer one by name makes it anew. Not of a store on another filesystem: it may be moved to a larger one, and handles
     /// there need not last.
     session: Option<ObjectHandle>,
-    /// How often the session file had been written when this was: who has an older state of the store, as a copy that is
-    /// not in use any more, is told.
+    /// How often the session file had been written when the store was last used with the directory, or left: who has an
+    /// older state of it, as a copy that is not in use any more, is told.
     sequence: Option<u64>,
 }
+
+/// More often than this no session file is written.
+const MOST_WRITES: u64 = 1 << 60;
 
 impl Mark {
     /// That of the hidden directory at `hidden`, if there is one.
@@ -79,7 +82,10 @@ impl Mark {
                 ("born", time) => mark.born = Some(parse_time(time)?),
                 ("root", handle) => mark.root = Some(parse_handle(handle)?),
                 ("session", handle) => mark.session = Some(parse_handle(handle)?),
-                ("sequence", number) => mark.sequence = Some(number.parse().ok()?),
+                ("sequence", number) => {
+                    let number = number.parse().ok();
+                    mark.sequence = Some(number.filter(|number| *number < MOST_WRITES)?);
+                }
                 _ => {}
             }
         }
@@ -216,18 +222,18 @@ const OF_ANOTHER: &str = "is that of another directory, of which this one is a c
 const PUT_BACK: &str = "was put back from a backup: its snapshots are of files that are not here. \
     `cowfs destroy --yes` makes the directory a plain one";
 const OLDER: &str = "is an older state of the store of this directory, put back from a backup or a copy that is not in use any \
-    more: its snapshots would be wrong. Pass the store= that was used last, or give them up: `cowfs destroy --yes`";
+    more: its snapshots would be wrong. Pass the store= that was used last (or give the snapshots up: `cowfs destroy --yes`)";
 const ELSEWHERE: &str = "is not the store of this directory, whose snapshots are kept elsewhere; pass the same store= as before \
     (or give them up: `cowfs destroy --yes`)";
 
 /// Refuses, before anything is made or opened, a directory whose store is not at `store`, or is that of another directory;
-/// `shown` is what the user calls that place.
+/// `shown` is what the user calls that place. Returns how often the session file of the store was written at least.
 ///
 /// # Errors
 /// [`Error::Store`].
-pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
+pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<Option<u64>> {
     match Mark::read(&backing.hidden_path()).map_err(|error| backing.named(error))? {
-        None => Ok(()),
+        None => Ok(None),
         Some(mark) if !mark.is_of(backing)? => Err(refusal(shown, OF_ANOTHER)),
         Some(_) if !Store::is_at(store) => Err(refusal(shown, ELSEWHERE)),
         // That of another store is refused when it is open.
@@ -239,7 +245,7 @@ pub fn check(backing: &Backing, store: &Path, shown: &Path) -> Result<()> {
         Some(mark) if Store::uuid_at(store) == Some(mark.store) && mark.is_older(store)? => {
             Err(refusal(shown, OLDER))
         }
-        Some(_) => Ok(()),
+        Some(mark) => Ok(mark.sequence),
     }
 }
 
@@ -254,19 +260,20 @@ pub fn forget_lost_session(backing: &Backing, at: &Path) -> Result<()> {
 
 fn forget_in(backing: &Backing, at: &Path) -> Result<()> {
     let hidden = backing.hidden_path();
-    let Some(mark) = Mark::read(&hidden)? else {
-        return Ok(());
+    let forgotten = match Mark::read(&hidden)? {
+        Some(mark)
+            if mark.session.is_some()
+                // That of another store is refused when it is open.
+                && Store::uuid_at(at) == Some(mark.store)
+                && session_of(backing, at)?.is_none() =>
+        {
+            Mark {
+                session: None,
+                ..mark
+            }
+        }
+        _ => return Ok(()),
     };
-    let is_there = session_of(backing, at)?.is_some();
-    let says = sequence_of(at, mark.store)?.is_some();
-    let forgotten = Mark {
-        session: mark.session.clone().filter(|_| is_there),
-        sequence: mark.sequence.filter(|_| says),
-        ..mark.clone()
-    };
-    if forgotten == mark {
-        return Ok(());
-    }
     let path = path_of(&hidden);
     write_durably(&path, forgotten.text().as_bytes())
         .map_err(|e| Error::io("cannot write", &path, &e))
@@ -288,20 +295,35 @@ pub fn check_store(hidden: &Path, store: &Store, at: &Path) -> Result<()> {
     }
 }
 
-/// Notes that they do belong together, as [`check_store`] has found, when the session has begun. `shown` is what the user
+/// Notes that they do belong together, as [`check_store`] has found, when the session has begun; and, if the store is `used`,
+/// how often its session file was written, so that no older state of it is accepted from now on. `shown` is what the user
 /// calls the store at `at`.
 ///
 /// # Errors
 /// Those of reading and writing the mark.
-pub fn pair(backing: &Backing, store: &Store, at: &Path, shown: &Path) -> Result<()> {
-    pair_in(backing, store, at, shown).map_err(|error| backing.named(error))
+pub fn pair(
+    backing: &Backing,
+    store: &Store,
+    (at, shown): (&Path, &Path),
+    used: bool,
+) -> Result<()> {
+    pair_in(backing, store, (at, shown), used).map_err(|error| backing.named(error))
 }
 
-fn pair_in(backing: &Backing, store: &Store, at: &Path, shown: &Path) -> Result<()> {
+fn pair_in(
+    backing: &Backing,
+    store: &Store,
+    (at, shown): (&Path, &Path),
+    used: bool,
+) -> Result<()> {
     let hidden = backing.hidden_path();
-    let mark = Mark::of(backing, store, at)?;
+    let old = Mark::read(&hidden)?;
+    let mut mark = Mark::of(backing, store, at)?;
+    if !used {
+        mark.sequence = old.as_ref().and_then(|old| old.sequence);
+    }
     let path = path_of(&hidden);
-    match Mark::read(&hidden)? {
+    match old {
         Some(old) if old == mark => Ok(()),
         Some(old) => {
             let is_of_it = Mark {
@@ -365,7 +387,7 @@ mod tests {
                 born: Some(Timestamp { sec: -3, nsec: 7 }),
                 root: Some(handle.clone()),
                 session: Some(handle),
-                sequence: Some(u64::MAX),
+                sequence: Some(MOST_WRITES - 1),
                 ..mark
             };
             assert_eq!(Mark::parse(&whole.text()).as_ref(), Some(&whole));
@@ -389,6 +411,7 @@ mod tests {
             "1\n81:00\nroot 81\n",
             "1\n81:00\nborn 7\n",
             "1\n81:00\nsequence x\n",
+            "1\n81:00\nsequence 18446744073709551615\n",
         ] {
             assert_eq!(Mark::parse(damaged), None, "{damaged:?}");
         }

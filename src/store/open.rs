@@ -115,7 +115,7 @@ impl Store {
     ) -> Result<Self> {
         let mut numbers = media.list()?;
         numbers.sort_unstable();
-        let session = Session::read(media.as_ref(), uuid, options.boot)?;
+        let session = Session::read(media.as_ref(), uuid, &options)?;
         let reading = Reading {
             media: media.as_ref(),
             uuid,
@@ -162,7 +162,7 @@ fn serves_in_memory(
     if size > MOST_IN_MEMORY || noted.keys().any(|number| !numbers.contains(number)) {
         return Ok(false);
     }
-    let session = Session::read(media, uuid, options.boot)?;
+    let session = Session::read(media, uuid, options)?;
     let reading = Reading {
         media,
         uuid,

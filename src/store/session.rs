@@ -9,7 +9,7 @@
 use super::Store;
 use super::codec::{Reader, Writer};
 use super::media::{Media, MediaFile};
-use super::types::{SnapshotInfo, SnapshotState};
+use super::types::{SnapshotInfo, SnapshotState, StoreOptions};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, Lsn};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
@@ -91,10 +91,19 @@ impl State {
     }
 }
 
+/// The number of the next write after that with the number `last`, if there were `before` as far as is known. It goes to the
+/// same slot in any case, as the other one has what holds.
+fn next_sequence(last: u64, before: u64) -> u64 {
+    let next = last + 1;
+    next + (before + 1).saturating_sub(next).next_multiple_of(2)
+}
+
 /// The session of this process.
 pub(super) struct Session {
     file: Arc<dyn MediaFile>,
     uuid: u128,
+    /// [`StoreOptions::sequence`].
+    before: u64,
     /// The machine's boot; `None`: no sessions are kept.
     boot: Option<u128>,
     /// The machine went down since the last session.
@@ -109,8 +118,9 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Reads what the last session has left, for one on the machine's boot `boot`.
-    pub(super) fn read(media: &dyn Media, uuid: u128, boot: Option<u128>) -> Result<Self> {
+    /// Reads what the last session has left.
+    pub(super) fn read(media: &dyn Media, uuid: u128, options: &StoreOptions) -> Result<Self> {
+        let boot = options.boot;
         let file = media.session()?;
         let mut found: Option<State> = None;
         for slot in 0..2 {
@@ -125,6 +135,7 @@ impl Session {
         Ok(Self {
             file,
             uuid,
+            before: options.sequence,
             boot,
             went_down: boot.is_some() && last.is_some() && last != boot,
             written: Mutex::new(found),
@@ -159,25 +170,24 @@ pub fn boot_id() -> Result<u128> {
 }
 
 impl Store {
-    /// How often the session file of the store `uuid`, open as `file`, was written, as far as it says. Each session writes
-    /// it, so an older state of the store has a smaller number. `None` if it holds nothing, or one of its slots is
-    /// damaged.
+    /// How often the session file of the store `uuid`, open as `file`, was written at the most. Each session writes it, so
+    /// an older state of the store has a smaller number. `None` if it says nothing.
     #[must_use]
     pub fn sequence_in(file: &File, uuid: u128) -> Option<u64> {
-        let mut last = None;
-        for slot in 0..2 {
+        let slot = |slot| {
             let mut bytes = [0; LEN];
             let read = file.read_at(&mut bytes, slot * SLOT).ok()?;
-            match State::decode(&bytes[..read], uuid) {
-                Some(state) => last = last.max(Some(state.sequence)),
-                None if bytes.iter().all(|byte| *byte == 0) => {}
-                None => return None,
-            }
+            State::decode(&bytes[..read], uuid).map(|state| state.sequence)
+        };
+        match (slot(0), slot(1)) {
+            (Some(one), Some(other)) => Some(one.max(other)),
+            // What cannot be read may have been the later one.
+            (Some(known), None) | (None, Some(known)) => Some(known + 1),
+            (None, None) => None,
         }
-        last
     }
 
-    /// The same of this store; `None` if no sessions are kept.
+    /// How often the session file of this store has been written, as far as it says.
     #[must_use]
     pub fn sequence(&self) -> Option<u64> {
         self.session.written.lock().map(|state| state.sequence)
@@ -186,7 +196,7 @@ impl Store {
     /// Makes `next`, numbered anew, what the session file says, durably.
     fn write_session(&self, written: &mut Option<State>, next: State) -> Result<()> {
         let session = &self.session;
-        let sequence = written.map_or(1, |state| state.sequence + 1);
+        let sequence = next_sequence(written.map_or(0, |state| state.sequence), session.before);
         let next = State { sequence, ..next };
         let place = sequence % 2 * SLOT;
         session
@@ -401,6 +411,18 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn writes_are_counted_on() {
+        for last in 0..6 {
+            for before in 0..9 {
+                let next = next_sequence(last, before);
+                assert!(next > last && next > before, "{last} {before}");
+                assert_eq!(next % 2, (last + 1) % 2, "{last} {before}");
+                assert!(next <= (last + 1).max(before + 2), "{last} {before}");
+            }
+        }
+    }
 
     #[test]
     fn a_slot_comes_back_whole_or_not_at_all() {

@@ -17,6 +17,9 @@ pub struct StoreOptions {
     /// The number of the machine's present boot, if sessions are kept (session.rs): another one than that of
     /// the last session means that the machine went down meanwhile.
     pub boot: Option<u128>,
+    /// How often the session file was written before, as far as somebody else knows: what is written now counts on from
+    /// there, also if the file is lost.
+    pub sequence: u64,
     /// An index of at most so many bytes on disk is read whole at every open, to be checked and counted; a larger one
     /// only if the store was not closed in order, and then by the background job.
     pub read_at_open: u64,
@@ -33,6 +36,7 @@ impl Default for StoreOptions {
             segment_size: 64 << 20,
             log_area: 1 << 20,
             boot: None,
+            sequence: 0,
             read_at_open: 32 << 20,
             known: None,
             count_step: 1 << 16,

@@ -269,6 +269,7 @@ impl World {
                 segment_size: 1 << 20,
                 log_area: 64 << 10,
                 boot: None,
+                sequence: 0,
                 known: None,
                 // Opening leaves the counting to the background job, as it does with a large index.
                 read_at_open: 0,
