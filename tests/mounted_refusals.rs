@@ -275,8 +275,26 @@ fn a_store_elsewhere_can_be_moved() {
     fs::create_dir(mnt.join(".snapshots/s")).unwrap();
     fs::write(mnt.join("f"), "new").unwrap();
     cowfs(&words(&["umount"], &[&mnt])).success("umount");
-    let mut cp = Command::new("cp");
-    run(cp.arg("-a").args([&here, &there]), LIMIT).success("cp -a");
+    let copy = |from: &Path, to: &Path| {
+        let mut cp = Command::new("cp");
+        run(cp.arg("-a").args([from, to]), LIMIT).success("cp -a");
+    };
+    copy(&here, &there);
+    // A mount that does not come up, when the store is open already, leaves the other one as good as it was.
+    let mut late = Command::new("setpriv");
+    late.args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"])
+        .arg(cowfs_bin())
+        .args(words(&["mount", "-o", &with(&there)], &[&a, &mnt]));
+    let outcome = run(&mut late, LIMIT);
+    assert!(
+        outcome.stderr.contains("cannot mount here"),
+        "{}",
+        outcome.stderr
+    );
+    cowfs(&words(&["mount", "-o", &with(&here)], &[&a, &mnt])).success("mount");
+    cowfs(&words(&["umount"], &[&mnt])).success("umount");
+    fs::remove_dir_all(&there).unwrap();
+    copy(&here, &there);
     let live = disk.join("live");
     let old_ones_are_refused = |old: &[&Path]| {
         for store in old {
@@ -292,8 +310,7 @@ fn a_store_elsewhere_can_be_moved() {
         cowfs(&words(&["mount", "-o", &with(&there)], &[&a, &mnt])).success("mount");
         let kept = fs::read(mnt.join(".snapshots/s/f"));
         if copied {
-            let mut cp = Command::new("cp");
-            run(cp.arg("-a").args([&there, &live]), LIMIT).success("cp -a");
+            copy(&there, &live);
             fs::write(mnt.join("new"), "what the copy does not know of").unwrap();
         }
         cowfs(&words(&["umount"], &[&mnt])).success("umount");
