@@ -259,17 +259,19 @@ impl Engine {
     /// To be called before the first request is served: an older state of the store is not accepted from now on. (Not after a
     /// mount that did not come up: the store may be a copy, and the user goes back to the other.) `again`: an earlier server of
     /// the mount has noted it.
-    ///
-    /// # Errors
-    /// Those of writing.
-    pub fn serve(&self, again: bool) -> Result<()> {
+    pub fn serve(&self, again: bool) {
         self.used.store(true, Ordering::SeqCst);
-        if again { Ok(()) } else { self.note_use() }
+        if !again {
+            self.note_use();
+        }
     }
 
-    fn note_use(&self) -> Result<()> {
+    /// What stands there stays if this fails, as for want of descriptors: then less is noticed, and nothing is refused wrongly.
+    fn note_use(&self) {
         let (at, shown) = &self.place;
-        pairing::pair(&self.backing, &self.store, (at, shown), true)
+        if let Err(error) = pairing::pair(&self.backing, &self.store, (at, shown), true) {
+            log::warn!("that the store is in use cannot be noted: {error}");
+        }
     }
 
     /// Where what the kernel holds is written down.
@@ -372,7 +374,7 @@ impl Engine {
         self.store.close().and(settled)?;
         // What was copied while it was in use is older than this.
         if self.used.load(Ordering::SeqCst) {
-            self.note_use()?;
+            self.note_use();
         }
         Ok(())
     }

@@ -179,7 +179,7 @@ impl Server {
             snapshots,
             session,
         } = self;
-        snapshots.engine.serve(kept.served > 0)?;
+        snapshots.engine.serve(kept.served > 0);
         // If this fails the next server takes the mount over as it is.
         run(&config, session, &mut signals, || {
             ready();

@@ -276,22 +276,39 @@ pub(crate) fn daemons(bin: &Path, mnt: &Path) -> Vec<Pid> {
         else {
             continue;
         };
-        let Ok(line) = fs::read(entry.path().join("cmdline")) else {
-            continue;
-        };
         let Ok(exe) = fs::read_link(entry.path().join("exe")) else {
             continue;
         };
-        let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
-        let asks = words.get(1) == Some(&&b"status"[..]);
         let same = exe.file_name().zip(bin.file_name()).is_some_and(|(a, b)| {
             a == b || a.as_bytes().strip_suffix(b" (deleted)") == Some(b.as_bytes())
         });
-        if same && !asks && words.contains(&mnt.as_os_str().as_bytes()) {
+        if !same {
+            continue;
+        }
+        let line = command_line(&entry.path());
+        let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+        let asks = words.get(1) == Some(&&b"status"[..]);
+        if !asks && words.contains(&mnt.as_os_str().as_bytes()) {
             pids.extend(Pid::from_raw(id));
         }
     }
     pids
+}
+
+/// The command line of a process, which has none for a moment in the middle of its execve(2), and none when it has ended.
+fn command_line(process: &Path) -> Vec<u8> {
+    let start = Instant::now();
+    loop {
+        match fs::read(process.join("cmdline")) {
+            Ok(line) if line.is_empty() && start.elapsed() < Duration::from_millis(500) => {
+                if fs::read_link(process.join("exe")).is_err() {
+                    return line;
+                }
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            line => return line.unwrap_or_default(),
+        }
+    }
 }
 
 /// Whether it is the daemon's helper, which works for it and serves nothing.
@@ -698,6 +715,9 @@ impl Mount {
         let mut child = command.stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(after);
         let start = Instant::now();
+        // Nobody starts one behind the back of who looks for them.
+        let _ = child.kill();
+        child.wait().unwrap();
         // One that is killed may have started another just before.
         while kill_daemons(&self.bin, &self.mnt) > 0 {
             assert!(
@@ -706,8 +726,6 @@ impl Mount {
                 self.mnt.display()
             );
         }
-        let _ = child.kill();
-        child.wait().unwrap();
         while mount_type(&self.mnt).is_some() {
             assert!(start.elapsed() < Duration::from_secs(60), "not detached");
             detach(&self.mnt);
