@@ -699,6 +699,9 @@ impl Media for Faulty {
     fn allocated(&self, number: u32) -> Result<u64> {
         self.inner.allocated(number)
     }
+    fn writes_in_place(&self) -> bool {
+        true
+    }
 }
 
 impl MediaFile for FaultyFile {
@@ -918,6 +921,142 @@ fn threads_append_sync_and_look_while_the_background_job_runs() {
     check(&store);
     drop(store);
     check(&open(&dir, tiny()));
+}
+
+/// The lengths of the files of the journal.
+fn lengths(dir: &tempfile::TempDir) -> Vec<u64> {
+    let files = std::fs::read_dir(dir.path().join("s/journal")).unwrap();
+    let files = files.map(|file| file.unwrap().metadata().unwrap().len());
+    files.collect()
+}
+
+/// Keeps a block, and waits for it.
+fn keep_durably(store: &Store, number: u64) -> Result<()> {
+    let data = ExtentData::Bytes(&blocks(number as u8, 1));
+    let lsn = store.keep_extent(Ino(100 + number), Epoch(1), 0, data)?;
+    store.wait_durable(lsn)
+}
+
+fn assert_kept(store: &Store, numbers: std::ops::Range<u64>) {
+    assert_eq!(store.damage(), Vec::<String>::new());
+    for number in numbers {
+        let found = read(store, Ino(100 + number), 1).unwrap();
+        assert_eq!(found, [(0, number as u8)], "{number}");
+    }
+}
+
+/// Where somebody waits for a sync after each small pre-image, the file grows once for many of them, so that the
+/// filesystem need not note that with each; what was not needed is given back.
+#[test]
+fn small_appends_that_are_waited_for_grow_the_journal_once_for_many() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = faulty(&dir);
+    store.record_snapshot(&snapshot(1)).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    for number in 0..200 {
+        keep_durably(&store, number).unwrap();
+        seen.insert(lengths(&dir));
+    }
+    assert!(seen.len() < 20, "{seen:?}");
+    assert_kept(&store, 0..200);
+    let before = store.stats().journal_bytes;
+    store.close().unwrap();
+    drop(store);
+    let store = open(&dir, options());
+    let left = store.stats().journal_bytes;
+    assert!(left < before.min(250 * BLOCK as u64), "{left} of {before}");
+    assert_kept(&store, 0..200);
+}
+
+#[test]
+fn appends_that_nobody_waits_for_take_no_space_ahead() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = faulty(&dir);
+    store.record_snapshot(&snapshot(1)).unwrap();
+    for number in 0..100 {
+        let data = ExtentData::Bytes(&blocks(number, 1));
+        store
+            .keep_extent(Ino(100 + u64::from(number)), Epoch(1), 0, data)
+            .unwrap();
+        store.sync().unwrap();
+    }
+    let most = options().log_area + 100 * BLOCK as u64;
+    assert!(lengths(&dir).iter().all(|len| *len <= most));
+}
+
+/// Nobody's payload is written over by zeros, whatever comes between.
+#[test]
+fn threads_that_wait_for_syncs_get_places_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = StoreOptions {
+        segment_size: 1 << 20,
+        ..tiny()
+    };
+    let (store, _) = faulty_with(&dir, small.clone());
+    store.record_snapshot(&snapshot(1)).unwrap();
+    let keep = |thread: u64| {
+        for i in 0..200 {
+            // Some find room in what is filled, some do not.
+            let count = 1 + (thread + i) % 7;
+            let data = blocks((thread * 50 + i) as u8, count as usize);
+            let data = ExtentData::Bytes(&data);
+            let lsn = store.keep_extent(Ino(1000 * thread + i), Epoch(1), 0, data);
+            store.wait_durable(lsn.unwrap()).unwrap();
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..=4).map(|n| scope.spawn(move || keep(n))).collect();
+        threads
+            .into_iter()
+            .for_each(|thread| thread.join().unwrap());
+    });
+    let check = |store: &Store| {
+        assert_eq!(store.damage(), Vec::<String>::new());
+        for (thread, i) in (1..=4).flat_map(|thread| (0..200).map(move |i| (thread, i))) {
+            let byte = (thread * 50 + i) as u8;
+            let kept: Vec<_> = (0..1 + (thread + i) % 7).map(|at| (at, byte)).collect();
+            assert_eq!(read(store, Ino(1000 * thread + i), 1).unwrap(), kept);
+        }
+    };
+    check(&store);
+    drop(store);
+    check(&open(&dir, small));
+}
+
+/// That there is no room for blocks that nobody needs yet is nobody's failure; that they cannot be written is.
+#[test]
+fn what_stands_in_the_way_of_filling_ahead_is_told_only_if_it_does_not_pass() {
+    let filled = |dir: &tempfile::TempDir| lengths(dir).iter().any(|len| *len > 3 << 19);
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = faulty(&dir);
+    store.record_snapshot(&snapshot(1)).unwrap();
+    let due = (0..20).find(|number| {
+        keep_durably(&store, *number).unwrap();
+        filled(&dir)
+    });
+    let due = due.unwrap();
+    for errno in [Errno::NOSPC, Errno::NOMEM, Errno::IO] {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, fault) = faulty(&dir);
+        store.record_snapshot(&snapshot(1)).unwrap();
+        (0..due).for_each(|number| keep_durably(&store, number).unwrap());
+        let data = blocks(due as u8, 1);
+        let lsn = store.keep_extent(Ino(100 + due), Epoch(1), 0, ExtentData::Bytes(&data));
+        let code = errno.raw_os_error() as u32;
+        fault.write.store(code, Ordering::SeqCst);
+        let waited = store.wait_durable(lsn.unwrap());
+        fault.write.store(0, Ordering::SeqCst);
+        if errno == Errno::IO {
+            waited.unwrap_err();
+            assert!(store.is_poisoned());
+            continue;
+        }
+        waited.unwrap();
+        (due + 1..40).for_each(|number| keep_durably(&store, number).unwrap());
+        assert_kept(&store, 0..40);
+        drop(store);
+        assert_kept(&open(&dir, options()), 0..40);
+    }
 }
 
 /// A medium on which one file's payload write, or its sync, waits to be let go.

@@ -1,12 +1,15 @@
 //! What the creation of a snapshot costs those who write meanwhile, and how long it takes.
 
 use crate::{Options, Random};
+use cowfs::sys;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,6 +17,8 @@ const BLOCK: u64 = 4096;
 const MIB: usize = 1 << 20;
 /// Snapshots that are left while further ones are cut.
 const KEPT: usize = 3;
+/// Threads that ask for what a cut needs, as many as the flush helper has.
+const HANDS: usize = 4;
 
 /// When something began and ended, from the start of the run.
 type Span = (Duration, Duration);
@@ -28,11 +33,12 @@ fn sorted(spans: &[Span]) -> Vec<f64> {
     lengths
 }
 
-/// Does to a snapshot what `template` says, `%` being its number: `mkdir PATH`, `rmdir PATH`, or any other command, for
-/// the shell.
+/// Does to a snapshot what `template` says, `%` being its number: `mkdir PATH`, `rmdir PATH`, nothing, or any other
+/// command, for the shell.
 fn carry_out(template: &str, number: usize) {
     let command = template.replace('%', &number.to_string());
     match command.split_once(' ') {
+        None if command.is_empty() => {}
         Some(("mkdir", path)) => fs::create_dir(path).unwrap(),
         Some(("rmdir", path)) => fs::remove_dir(path).unwrap(),
         _ => {
@@ -62,12 +68,17 @@ fn open_for_both(path: &Path) -> File {
     options.read(true).write(true).open(path).unwrap()
 }
 
+/// Where the file with this number is.
+fn opened(dir: &Path, number: usize) -> PathBuf {
+    dir.join(format!("open.{number}"))
+}
+
 fn open_files(options: &Options, dir: &Path) -> Vec<File> {
     let size = options.number("size");
     let piece = vec![0x44_u8; usize::try_from(size).unwrap().min(MIB)];
-    (0..options.number("files"))
+    (0..usize::try_from(options.number("files")).unwrap())
         .map(|number| {
-            let path = dir.join(format!("open.{number}"));
+            let path = opened(dir, number);
             if !path.exists() {
                 let file = File::create(&path).unwrap();
                 for at in (0..size).step_by(piece.len()) {
@@ -87,7 +98,10 @@ struct Stretch {
 }
 
 struct Load<'a> {
+    dir: &'a Path,
     files: &'a [File],
+    /// Closed to the writers while they are held.
+    gate: RwLock<()>,
     blocks: u64,
     writers: u64,
     /// The time from one write to the next; zero: none.
@@ -107,7 +121,9 @@ impl Load<'_> {
             let file = &self.files[usize::try_from(which).unwrap()];
             let at = random.below(self.blocks) * BLOCK;
             let began = start.elapsed();
+            let open = self.gate.read().unwrap();
             file.write_all_at(&block, at).unwrap();
+            drop(open);
             spans.push((began, start.elapsed()));
             if stop.load(Ordering::Relaxed) {
                 return spans;
@@ -116,6 +132,40 @@ impl Load<'_> {
                 let next = began + self.pace;
                 std::thread::sleep(next.saturating_sub(start.elapsed()));
             }
+        }
+    }
+
+    /// Four threads do something with each file.
+    fn each(&self, work: impl Fn(usize, &File) + Sync) {
+        let numbered: Vec<_> = self.files.iter().enumerate().collect();
+        std::thread::scope(|scope| {
+            for part in numbered.chunks(numbered.len().div_ceil(HANDS)) {
+                scope.spawn(|| part.iter().for_each(|(number, file)| work(*number, file)));
+            }
+        });
+    }
+
+    /// Makes a snapshot as `create` says: a command, or what a cut has to ask of the kernel at the least, and then a
+    /// command that does nothing else.
+    fn cut(&self, create: &str, number: usize) {
+        let write_back = |_: usize, file: &File| sys::write_back(file.as_fd(), 0, 0).unwrap();
+        match create.split_once(' ') {
+            // What is stored through mappings, of all files that could be mapped.
+            Some(("open-each", create)) => {
+                self.each(|number, _| {
+                    let file = File::open(opened(self.dir, number)).unwrap();
+                    write_back(number, &file);
+                });
+                carry_out(create, number);
+            }
+            // What the kernel holds back: all of it, and then, while writers are held, what they have written meanwhile.
+            Some(("write-back", create)) => {
+                self.each(write_back);
+                let _held = self.gate.write().unwrap();
+                self.each(write_back);
+                carry_out(create, number);
+            }
+            _ => carry_out(create, number),
         }
     }
 
@@ -138,7 +188,7 @@ impl Load<'_> {
                     continue;
                 };
                 let began = start.elapsed();
-                carry_out(create, *made);
+                self.cut(create, *made);
                 stretch.cuts.push((began, start.elapsed()));
                 if *made >= KEPT {
                     carry_out(remove, *made - KEPT);
@@ -188,13 +238,16 @@ fn summary(stretches: &[Stretch]) -> Value {
 
 /// Writers overwrite 4 KiB at random places of `--files` open files of `--size` bytes, at full speed or every `--pace`
 /// microseconds. In turn, for `--time` milliseconds each and `--stretches` times, without a snapshot and with one made
-/// by `--create` every `--every` milliseconds (the fourth last is removed by `--remove`).
+/// by `--create` every `--every` milliseconds (the fourth last is removed by `--remove`). On a floor, what a
+/// cut asks for at the least can be measured: `--create` `open-each COMMAND` or `write-back COMMAND`.
 pub fn writers(options: &Options) -> Value {
     raise_file_limit();
     let dir = options.path("dir");
     let files = open_files(options, &dir);
     let load = Load {
+        dir: &dir,
         files: &files,
+        gate: RwLock::default(),
         blocks: options.number("size") / BLOCK,
         writers: options.number("writers"),
         pace: Duration::from_micros(options.number("pace")),
@@ -215,29 +268,6 @@ pub fn writers(options: &Options) -> Value {
         carry_out(remove, number);
     }
     json!({"control": summary(&control), "cuts": summary(&cuts)})
-}
-
-/// Has all of `--files` files of `--size` bytes written again, and four threads sync them. Prints how long that took, in
-/// milliseconds, each of `--rounds` times: where the kernel holds writes back, this is what a cut must wait for.
-pub fn write_back(options: &Options) -> Value {
-    let files = open_files(options, &options.path("dir"));
-    let bytes = vec![0x45; usize::try_from(options.number("size")).unwrap()];
-    let rounds = options.number("rounds");
-    let took: Vec<f64> = (0..rounds)
-        .map(|_| {
-            for file in &files {
-                file.write_all_at(&bytes, 0).unwrap();
-            }
-            let start = Instant::now();
-            std::thread::scope(|scope| {
-                for part in files.chunks(files.len().div_ceil(4)) {
-                    scope.spawn(|| part.iter().for_each(|file| file.sync_data().unwrap()));
-                }
-            });
-            milliseconds(&(Duration::ZERO, start.elapsed()))
-        })
-        .collect();
-    json!({"ms": took})
 }
 
 /// Creates `--count` snapshots `--snapshots`/sN one after the other, with nobody writing, and after each overwrites one

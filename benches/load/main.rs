@@ -93,7 +93,6 @@ fn main() {
         "unlink" => files::unlink(&options),
         "cut" => cut::writers(&options),
         "series" => cut::series(&options),
-        "write-back" => cut::write_back(&options),
         "index" => index::index(&options),
         _ => panic!("{what}: {USAGE}"),
     };

@@ -3,7 +3,7 @@ import os, statistics
 
 import sides as mounts
 from sides import Failure, run
-from speed import Copier, MIB
+from speed import Copier, FLOOR, MIB
 
 #: Goals, in milliseconds beyond the control: by the mode of the cache.
 STALL = {"write-through": 1, "writeback": 5}
@@ -67,28 +67,32 @@ def cut(bench):
         finally:
             side.stop()
             disk.close()
-    if any(cache == "writeback" for _, _, cache in bench.modes):
-        written_back(bench)
+    for _, _, cache in bench.modes:
+        floor(bench, cache)
     others(bench)
 
 
-def written_back(bench):
-    """What a cut has to wait for at the least where the kernel holds writes back: that a filesystem which answers at once is
-    told what writers have written again since."""
-    disk = mounts.Disk(bench.work, bench.disk.kind, 1)
-    floor = mounts.Floor("floor writeback", disk, bench.floor, "--writeback")
+def floor(bench, cache):
+    """What a cut has to do at the least, on a filesystem that answers at once and keeps old bytes, but of which nobody can read a
+    snapshot. Each file which could be mapped is opened, so that its pages come; where the kernel holds writes back, all
+    of them are written back, and then, while writers are held, what they have written meanwhile. They are held by
+    themselves."""
+    name, flags, ask = (FLOOR + " writeback", ["--writeback"], "write-back") if cache == "writeback" else (FLOOR, [], "open-each")
+    disk = mounts.Disk(bench.work, bench.disk.kind, bench.sizes["cut_disk"])
+    side = mounts.FloorOnDisk(name, disk, bench.floor, *flags)
     try:
-        floor.start()
+        side.start()
+        place = (side.dir, "%s mkdir %s" % (ask, side.snapshot("c%")), "")
         for files, size, pace in bench.sizes["cut"]:
-            if 1 < files <= 1000 and size == 1 << 16 and not pace:
-                line = bench.load("write-back", dir=floor.dir, files=files, size=size, rounds=9)
-                row = "%s: all of it written back" % label(files, size, 0).rsplit(",", 1)[0]
-                bench.results.figure("cut", row, floor.name, statistics.median(line["ms"]), "ms", None, line["ms"])
-                run("find", floor.dir, "-name", "open.*", "-delete")
+            if files > 1 and files * size < 2 << 30 and not pace:
+                bench.say("cuts of %s, %s" % (name, label(files, size, pace)))
+                report(bench, label(files, size, pace), name, writers(bench, place, files, size, stretches=3))
+                # The number of the next snapshot, and the room of the old bytes.
+                run("sh", "-c", 'rm -f "$0"/open.*; rmdir "$0"/.snapshots/*', side.dir)
     except Failure as failure:
-        bench.problem(floor, "writing back", failure)
+        bench.problem(side, "cuts", failure)
     finally:
-        floor.stop()
+        side.stop()
         disk.close()
 
 

@@ -249,9 +249,10 @@ class Floor(Side):
 class FloorOnDisk(Floor):
     """Keeps bytes, and the old ones of what is overwritten while there is a snapshot. Nobody can read a snapshot."""
 
-    def __init__(self, name, disk, binary):
-        super().__init__(name, disk, binary, "--files", os.path.join(disk.path, "files"))
-        os.mkdir(self.words[-1])
+    def __init__(self, name, disk, binary, *flags):
+        files = os.path.join(disk.path, "files")
+        super().__init__(name, disk, binary, *flags, "--files", files)
+        os.mkdir(files)
 
     def snapshot(self, name):
         return os.path.join(self.dir, ".snapshots", name)

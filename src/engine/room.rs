@@ -218,6 +218,8 @@ impl Engine {
     /// Those of statvfs(3).
     pub fn space(&self) -> Result<Usage> {
         let now = self.room.note(self.store.space()?);
+        self.store
+            .set_fills_ahead(now.level == Level::Ok && now.left > LEAST_MARGIN);
         if self.room.tells(now.level) {
             let mib = |bytes: u64| bytes >> 20;
             log::warn!(

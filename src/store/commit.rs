@@ -90,7 +90,7 @@ impl Journal {
     pub(super) fn sync(&self) -> Result<()> {
         self.poison.check()?;
         let behind = Behind(self.open.lock().iter().map(Behind::one).collect());
-        self.sync_while(|| behind.is_so() || self.unsealed())
+        self.sync_while(|| behind.is_so() || self.unsealed(), || Ok(()))
     }
 
     /// Waits until the record `lsn`, and all that was appended before it, is durable; of several callers one
@@ -100,7 +100,7 @@ impl Journal {
     /// As [`Journal::sync`].
     pub(super) fn wait_durable(&self, lsn: Lsn) -> Result<()> {
         let behind = self.behind(lsn);
-        self.sync_while(|| behind.is_so())
+        self.sync_while(|| behind.is_so(), || self.fill_ahead())
     }
 
     /// Whether the record `lsn`, and all that was appended before it, is durable.
@@ -133,8 +133,8 @@ impl Journal {
         open.iter().any(waits)
     }
 
-    /// Syncs, or waits for others who do, as long as `needed` says so.
-    fn sync_while(&self, needed: impl Fn() -> bool) -> Result<()> {
+    /// Syncs, after `first`, or waits for others who do, as long as `needed` says so.
+    fn sync_while(&self, needed: impl Fn() -> bool, first: impl Fn() -> Result<()>) -> Result<()> {
         while needed() {
             self.poison.check()?;
             let mut running = self.durability.running.lock();
@@ -147,8 +147,8 @@ impl Journal {
             }
             *running = true;
             drop(running);
-            let result = self
-                .sync_open()
+            let result = first()
+                .and_then(|()| self.sync_open())
                 .inspect_err(|error| self.poison.fail_for_good(error));
             *self.durability.running.lock() = false;
             self.durability.done.notify_all();

@@ -4,6 +4,7 @@
 //! under the lock of its segment's log. So headers stand in the log without gaps, and a process that dies
 //! loses only records whose append had not returned.
 
+use super::ahead::Ahead;
 use super::commit::{Durability, Poison};
 use super::frame::{self, Body};
 use super::key::{self, Usage, segment_of};
@@ -70,12 +71,13 @@ struct Log {
 }
 
 /// The segment that appends get their places in.
-struct Tail {
-    segment: Arc<Segment>,
+pub(super) struct Tail {
+    pub(super) segment: Arc<Segment>,
     /// Bytes of the log that are promised.
     log: u64,
-    /// Where the next payload goes.
-    payload: u64,
+    /// Where the next payload goes that finds no place in `ahead`.
+    pub(super) payload: u64,
+    pub(super) ahead: Ahead,
     /// Nothing but the preface is in it.
     fresh: bool,
 }
@@ -105,7 +107,9 @@ pub(super) struct Journal {
     pub(super) uuid: u128,
     options: StoreOptions,
     /// Guards who reserves what.
-    tail: Mutex<Option<Tail>>,
+    pub(super) tail: Mutex<Option<Tail>>,
+    /// Blocks may be filled before they are needed.
+    pub(super) fills_ahead: AtomicBool,
     /// The segment after the tail, made before it is needed.
     spare: Mutex<Option<Arc<Segment>>>,
     /// Held while a spare is made, so that only one is.
@@ -142,6 +146,7 @@ impl Journal {
             uuid,
             options,
             tail: Mutex::new(None),
+            fills_ahead: AtomicBool::new(true),
             spare: Mutex::new(None),
             making: Mutex::new(()),
             open: Mutex::new(Vec::new()),
@@ -258,12 +263,10 @@ impl Journal {
             segment,
             log,
             payload,
+            ahead: Ahead::default(),
             fresh: true,
         }) {
-            left.segment
-                .payload_end
-                .store(left.payload, Ordering::SeqCst);
-            left.segment.left.store(true, Ordering::SeqCst);
+            left.leave();
         }
     }
 
@@ -286,10 +289,7 @@ impl Journal {
     /// short. The next append goes to a new segment.
     pub(super) fn leave_tail(&self) {
         if let Some(left) = self.tail.lock().take() {
-            left.segment
-                .payload_end
-                .store(left.payload, Ordering::SeqCst);
-            left.segment.left.store(true, Ordering::SeqCst);
+            left.leave();
         }
     }
 
@@ -404,11 +404,8 @@ impl Journal {
         let end = lsn_at(segment.number, log.end);
         self.ended.fetch_max(end.0, Ordering::SeqCst);
         segment.sealed.store(true, Ordering::SeqCst);
-        let unused = u64::from(log.end).next_multiple_of(BLOCK as u64);
-        if unused < segment.log_area
-            && let Err(error) = segment.file.punch(unused, segment.log_area - unused)
-        {
-            log::debug!("the rest of a log is not given back: {error}");
+        if let Err(error) = give_back_unused(segment, &log) {
+            log::debug!("what is unused of a segment is not given back: {error}");
         }
         Ok(true)
     }
@@ -455,6 +452,11 @@ impl Journal {
     /// Where a checkpoint is as long as no segment is open.
     pub(super) fn ended(&self) -> Lsn {
         Lsn(self.ended.load(Ordering::SeqCst))
+    }
+
+    /// Bytes after which a segment is left.
+    pub(super) fn segment_size(&self) -> u64 {
+        self.options.segment_size
     }
 
     /// Bytes of the log of new segments.
@@ -565,16 +567,28 @@ impl Tail {
     fn fits(&self, log_len: u64, payload_len: u64, segment_size: u64) -> bool {
         let log_fits = self.log + log_len + u64::from(SEAL_LEN) <= self.segment.log_area;
         // A payload larger than a whole segment gets one of its own, which is then larger.
-        log_fits && (payload_len == 0 || self.fresh || self.payload + payload_len <= segment_size)
+        let payload_fits = payload_len == 0
+            || self.fresh
+            || self.ahead.has(payload_len)
+            || self.payload + payload_len <= segment_size;
+        log_fits && payload_fits
+    }
+
+    /// Nothing more gets a place in it.
+    fn leave(self) {
+        let end = self.ahead.end_without(self.payload);
+        self.segment.payload_end.store(end, Ordering::SeqCst);
+        self.segment.left.store(true, Ordering::SeqCst);
     }
 
     fn take(&mut self, log_len: u64, payload_len: u64) -> Place {
-        let place = Place {
-            segment: self.segment.clone(),
-            payload: self.payload,
-        };
+        let payload = self.ahead.take(payload_len).unwrap_or_else(|| {
+            self.payload += payload_len;
+            self.payload - payload_len
+        });
+        let segment = self.segment.clone();
+        let place = Place { segment, payload };
         self.log += log_len;
-        self.payload += payload_len;
         self.fresh = false;
         self.segment.in_flight.fetch_add(1, Ordering::SeqCst);
         place
@@ -593,6 +607,22 @@ fn spilled(segment: &Segment, mut body: Vec<u8>, at: &mut u64) -> Result<Body> {
     segment.file.write_at(&body, offset)?;
     *at += padded as u64;
     Ok(Body::Spilled { offset, len, crc })
+}
+
+/// Gives back what is set aside or filled of a segment that gets no more records.
+fn give_back_unused(segment: &Segment, log: &Log) -> Result<()> {
+    let unused = u64::from(log.end).next_multiple_of(BLOCK as u64);
+    if unused < segment.log_area {
+        segment.file.punch(unused, segment.log_area - unused)?;
+    }
+    let (payload, size) = (
+        segment.payload_end.load(Ordering::SeqCst),
+        segment.file.size()?,
+    );
+    match size.checked_sub(payload) {
+        None | Some(0) => Ok(()),
+        Some(filled) => segment.file.punch(payload, filled),
+    }
 }
 
 /// Writes a seal at `lsn`.

@@ -22,6 +22,11 @@ pub trait Media: Send + Sync {
     fn sync_names(&self) -> Result<()>;
     /// Bytes that the file has allocated; 0 if there is none of that number.
     fn allocated(&self, number: u32) -> Result<u64>;
+    /// Whether a block that was written is written to where it is. Then a sync of such blocks is cheaper than one of
+    /// blocks that are new.
+    fn writes_in_place(&self) -> bool {
+        false
+    }
     /// The small file beside the numbered ones that says how the session stands (session.rs); made, empty, if
     /// there is none.
     fn session(&self) -> Result<Arc<dyn MediaFile>>;
@@ -51,7 +56,12 @@ pub trait MediaFile: Send + Sync {
 pub struct FileMedia {
     dir: OwnedFd,
     path: PathBuf,
+    writes_in_place: bool,
 }
+
+/// Filesystems that write a block to where it is (`EXT4_SUPER_MAGIC`, which is that of ext2 and ext3 as well, and
+/// `XFS_SUPER_MAGIC`; statfs(2)). Btrfs and others look for a new place each time.
+const IN_PLACE: [u64; 2] = [0xef53, 0x5846_5342];
 
 impl FileMedia {
     /// Opens the directory `path`, making it (mode 0700) if there is none.
@@ -68,9 +78,11 @@ impl FileMedia {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let dir = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|errno| Error::path("cannot open", path, errno))?;
+        let kind = rustix::fs::fstatfs(&dir).map(|fs| fs.f_type as u64);
         Ok(Self {
             dir,
             path: known.to_path_buf(),
+            writes_in_place: kind.is_ok_and(|kind| IN_PLACE.contains(&kind)),
         })
     }
 
@@ -157,6 +169,10 @@ impl Media for FileMedia {
             Err(Errno::NOENT) => Ok(0),
             Err(errno) => Err(Error::path("cannot stat", self.path_of(number), errno)),
         }
+    }
+
+    fn writes_in_place(&self) -> bool {
+        self.writes_in_place
     }
 
     fn session(&self) -> Result<Arc<dyn MediaFile>> {

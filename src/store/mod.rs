@@ -8,6 +8,7 @@
 //! That is why the journal needs no tombstones: a rebuild may bring dead records back, and nothing looks
 //! at them. docs/FORMAT.md has the bytes and the argument.
 
+mod ahead;
 pub mod check;
 mod checkpoint;
 mod codec;
@@ -312,6 +313,11 @@ impl Store {
     /// As [`Store::sync`].
     pub fn wait_durable(&self, lsn: Lsn) -> Result<()> {
         self.journal.wait_durable(lsn)
+    }
+
+    /// Whether the journal may take space before it needs it, which makes its syncs cheaper for those who wait for them.
+    pub fn set_fills_ahead(&self, fills: bool) {
+        self.journal.set_fills_ahead(fills);
     }
 
     /// Whether the record `lsn` is durable already.

@@ -115,6 +115,10 @@ impl Media for Drive {
         Ok(files.get(&number).map_or(0, |b| b.lock().len() as u64))
     }
 
+    fn writes_in_place(&self) -> bool {
+        true
+    }
+
     fn session(&self) -> Result<Arc<dyn MediaFile>> {
         match self.open(SESSION)? {
             Some(file) => Ok(file),

@@ -114,6 +114,9 @@ impl Media for FaultyMedia {
     fn allocated(&self, number: u32) -> Result<u64> {
         self.inner.allocated(number)
     }
+    fn writes_in_place(&self) -> bool {
+        true
+    }
     fn session(&self) -> Result<Arc<dyn MediaFile>> {
         self.fault.call()?;
         Ok(self.wrap(self.inner.session()?))
