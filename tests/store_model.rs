@@ -104,6 +104,8 @@ impl Test {
             in_memory_index: index == Index::InMemory,
             log_area: 16 << 10,
             segment_size: 80 << 10,
+            fill_ahead: 16 << 10,
+            fill_after: 2,
             boot: None,
             sequence: 0,
             known: None,

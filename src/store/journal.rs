@@ -17,6 +17,7 @@ use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
 use hashlink::LruCache;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// One part in this many of a log is for urgent records alone.
 const URGENT_PART: u64 = 16;
@@ -64,6 +65,8 @@ pub(super) struct Segment {
     pub(super) no_room: AtomicBool,
     /// Where the reserved payloads end; final once the segment is left.
     payload_end: AtomicU64,
+    /// Parts of the payload that were filled with zeros and are nobody's.
+    unused: Mutex<Vec<Range<u64>>>,
 }
 
 struct Log {
@@ -338,6 +341,7 @@ impl Journal {
             sealed: AtomicBool::new(false),
             no_room: AtomicBool::new(false),
             payload_end: AtomicU64::new(log_area),
+            unused: Mutex::default(),
         };
         // Small records are not to fail for want of space while there is room in the log.
         let written = file
@@ -404,10 +408,25 @@ impl Journal {
         let end = lsn_at(segment.number, log.end);
         self.ended.fetch_max(end.0, Ordering::SeqCst);
         segment.sealed.store(true, Ordering::SeqCst);
-        if let Err(error) = give_back_unused(segment, &log) {
-            log::debug!("what is unused of a segment is not given back: {error}");
-        }
+        self.give_back_unused(segment, &log);
         Ok(true)
+    }
+
+    /// Gives back what is set aside or filled of a segment that gets no more records.
+    fn give_back_unused(&self, segment: &Segment, log: &Log) {
+        let log_end = u64::from(log.end).next_multiple_of(BLOCK as u64);
+        let payload_end = segment.payload_end.load(Ordering::SeqCst);
+        let mut unused = std::mem::take(&mut *segment.unused.lock());
+        unused.push(log_end..segment.log_area);
+        // Beyond the end of a file, too: xfs has blocks there for who might write on.
+        unused.push(payload_end..self.options.segment_size);
+        for Range { start, end } in unused {
+            if start < end
+                && let Err(error) = segment.file.punch(start, end - start)
+            {
+                log::debug!("what is unused of a segment is not given back: {error}");
+            }
+        }
     }
 
     /// Calls `swap` with a place in the journal before which every record has been published, at a moment
@@ -454,9 +473,8 @@ impl Journal {
         Lsn(self.ended.load(Ordering::SeqCst))
     }
 
-    /// Bytes after which a segment is left.
-    pub(super) fn segment_size(&self) -> u64 {
-        self.options.segment_size
+    pub(super) fn options(&self) -> &StoreOptions {
+        &self.options
     }
 
     /// Bytes of the log of new segments.
@@ -555,6 +573,13 @@ impl Journal {
 }
 
 impl Segment {
+    /// Notes a part that was filled and is given back with the seal.
+    pub(super) fn note_unused(&self, range: Range<u64>) {
+        if !range.is_empty() {
+            self.unused.lock().push(range);
+        }
+    }
+
     /// Whether nothing will be appended any more, but the seal.
     pub(super) fn is_done(&self) -> bool {
         self.left.load(Ordering::SeqCst)
@@ -575,9 +600,10 @@ impl Tail {
     }
 
     /// Nothing more gets a place in it.
-    fn leave(self) {
+    fn leave(mut self) {
         let end = self.ahead.end_without(self.payload);
         self.segment.payload_end.store(end, Ordering::SeqCst);
+        self.segment.note_unused(self.ahead.rest());
         self.segment.left.store(true, Ordering::SeqCst);
     }
 
@@ -607,22 +633,6 @@ fn spilled(segment: &Segment, mut body: Vec<u8>, at: &mut u64) -> Result<Body> {
     segment.file.write_at(&body, offset)?;
     *at += padded as u64;
     Ok(Body::Spilled { offset, len, crc })
-}
-
-/// Gives back what is set aside or filled of a segment that gets no more records.
-fn give_back_unused(segment: &Segment, log: &Log) -> Result<()> {
-    let unused = u64::from(log.end).next_multiple_of(BLOCK as u64);
-    if unused < segment.log_area {
-        segment.file.punch(unused, segment.log_area - unused)?;
-    }
-    let (payload, size) = (
-        segment.payload_end.load(Ordering::SeqCst),
-        segment.file.size()?,
-    );
-    match size.checked_sub(payload) {
-        None | Some(0) => Ok(()),
-        Some(filled) => segment.file.punch(payload, filled),
-    }
 }
 
 /// Writes a seal at `lsn`.

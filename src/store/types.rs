@@ -14,6 +14,11 @@ pub struct StoreOptions {
     pub segment_size: u64,
     /// Bytes of a new segment set aside for headers and small records; a multiple of 4096.
     pub log_area: u64,
+    /// Bytes of the payload that are filled with zeros at once, before they are needed, where somebody waits for each sync
+    /// (ahead.rs); 0: none.
+    pub fill_ahead: u64,
+    /// After so many of these syncs.
+    pub fill_after: u32,
     /// The number of the machine's present boot, if sessions are kept (session.rs): another one than that of
     /// the last session means that the machine went down meanwhile.
     pub boot: Option<u128>,
@@ -35,6 +40,8 @@ impl Default for StoreOptions {
             in_memory_index: false,
             segment_size: 64 << 20,
             log_area: 1 << 20,
+            fill_ahead: 1 << 20,
+            fill_after: 8,
             boot: None,
             sequence: 0,
             read_at_open: 32 << 20,

@@ -267,6 +267,8 @@ impl World {
                 in_memory_index: self.in_memory_index,
                 // Small, so that segments are left, deleted and compacted in a short case.
                 segment_size: 1 << 20,
+                fill_ahead: 64 << 10,
+                fill_after: 2,
                 log_area: 64 << 10,
                 boot: None,
                 sequence: 0,

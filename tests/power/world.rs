@@ -93,6 +93,8 @@ impl Opening<'_> {
                     // Small, so that segments are left and removed in a short history.
                     log_area: 16 << 10,
                     segment_size: 64 << 10,
+                    fill_ahead: 16 << 10,
+                    fill_after: 2,
                     boot: Some(self.boot),
                     ..StoreOptions::default()
                 },

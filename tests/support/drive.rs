@@ -23,6 +23,8 @@ pub(crate) fn options() -> EngineOptions {
         tuning: StoreOptions {
             in_memory_index: true,
             segment_size: 1 << 20,
+            fill_ahead: 64 << 10,
+            fill_after: 2,
             log_area: 64 << 10,
             boot: None,
             ..StoreOptions::default()
