@@ -86,7 +86,7 @@ def floor(bench, cache):
         for files, size, pace in bench.sizes["cut"]:
             if files > 1 and files * size < 2 << 30 and not pace:
                 bench.say("cuts of %s, %s" % (name, label(files, size, pace)))
-                report(bench, label(files, size, pace), name, writers(bench, place, files, size, stretches=3))
+                report(bench, label(files, size, pace), name, writers(bench, place, files, size, stretches=2))
                 # The number of the next snapshot, and the room of the old bytes.
                 run("sh", "-c", 'rm -f "$0"/open.*; rmdir "$0"/.snapshots/*', side.dir)
     except Failure as failure:
