@@ -1,8 +1,8 @@
 """The filesystems that scripts/bench compares: how each is mounted, that it is what it says, and how it goes away again."""
-import atexit, ctypes, json, os, shutil, subprocess, tempfile, time
+import atexit, contextlib, ctypes, json, os, shutil, subprocess, tempfile, time
 
 MKFS = {"ext4": ["mkfs.ext4", "-qF"], "xfs": ["mkfs.xfs", "-qf"], "btrfs": ["mkfs.btrfs", "-qf"]}
-#: The nice value of all that is measured.
+#: The nice value of all that is measured, unless it is :func:`unpreferred`.
 PRIORITY = -15
 
 
@@ -40,6 +40,20 @@ def mount_entry(path):
             if fields[4] == path:
                 entry = {"options": fields[5].split(","), "kind": fields[fields.index("-") + 1], "source": fields[fields.index("-") + 2], "device": fields[2]}
     return entry
+
+
+@contextlib.contextmanager
+def unpreferred():
+    """What is measured has the nice value of everybody meanwhile: where it takes all processors, threads of the kernel that it
+    waits for (of loop devices, of the journal of ext4) would come to run too rarely otherwise."""
+    global PRIORITY
+    before, PRIORITY = PRIORITY, 0
+    prefer()
+    try:
+        yield
+    finally:
+        PRIORITY = before
+        prefer()
 
 
 def prefer(path=None):
