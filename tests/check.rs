@@ -30,8 +30,6 @@ fn tiny() -> StoreOptions {
         in_memory_index: false,
         log_area: 16 << 10,
         segment_size: 96 << 10,
-        fill_ahead: 16 << 10,
-        fill_after: 2,
         boot: None,
         ..StoreOptions::default()
     }
@@ -635,9 +633,6 @@ impl Media for Dying {
     }
     fn allocated(&self, number: u32) -> Result<u64> {
         self.beneath.allocated(number)
-    }
-    fn writes_in_place(&self) -> bool {
-        true
     }
 }
 

@@ -48,12 +48,8 @@ def label(files, size, pace):
     return "%s open file%s, %s, %s" % ("{:,}".format(files), "" if files == 1 else "s", amount, "1 kHz" if pace else "full speed")
 
 
+@mounts.unpreferred()
 def cut(bench):
-    with mounts.unpreferred():
-        all_cuts(bench)
-
-
-def all_cuts(bench):
     for name, options, cache in bench.modes:
         bench.say("cuts of %s" % name)
         side, disk = cowfs(bench, name, options, bench.sizes["cut_disk"])

@@ -21,7 +21,7 @@ const LOW_PART: u64 = 16;
 pub(super) struct Ahead {
     /// Filled, and nobody's yet.
     filled: Range<u64>,
-    /// Syncs that somebody waited for, and bytes of payload that got a place, since something was filled last.
+    /// Syncs that somebody waited for, and bytes of payload that got a place, since this was decided last.
     waits: u32,
     placed: u64,
     /// One of these found too little that was filled.
